@@ -1,0 +1,83 @@
+"""Offline, one thread per worker, the same seeds for every test; tiny models and the places of larger things."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that needs the network must fail
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The folder of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Larger models and data beside the checkout (``SOFTPROMPT_ASSETS``, else ``../shared/assets``); skips without."""
+    folder = Path(os.environ.get("SOFTPROMPT_ASSETS") or ROOT.parent / "shared" / "assets")
+    if not folder.is_dir():
+        pytest.skip("no assets: set SOFTPROMPT_ASSETS to the folder that holds models/ and data/")
+    return folder
+
+
+@pytest.fixture
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    return tiny.tokenizer()
+
+
+@pytest.fixture
+def tiny_gpt2() -> PreTrainedModel:
+    return tiny.build("gpt2")
+
+
+@pytest.fixture
+def tiny_llama() -> PreTrainedModel:
+    return tiny.build("llama")
+
+
+@pytest.fixture
+def tiny_mistral() -> PreTrainedModel:
+    return tiny.build("mistral")
+
+
+@pytest.fixture
+def tiny_qwen3() -> PreTrainedModel:
+    return tiny.build("qwen3")
+
+
+@pytest.fixture
+def tiny_gemma3() -> PreTrainedModel:
+    return tiny.build("gemma3")
+
+
+@pytest.fixture
+def tiny_bert() -> PreTrainedModel:
+    return tiny.build("bert")
+
+
+@pytest.fixture(params=tiny.DECODERS)
+def tiny_decoder(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Each decoder family in turn."""
+    return tiny.build(request.param)
