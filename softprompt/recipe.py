@@ -1,0 +1,256 @@
+"""A recipe: everything that decides a training run, in one frozen record that is read from and written to YAML.
+
+``Recipe.from_yaml`` refuses what it does not know and names the closest thing it does, so that a typo never trains
+with a default in silence. ``Recipe.resolved()`` fills every open field from the table in ``defaults.py``; that filled
+record is what a run folder keeps as ``recipe.yaml``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from softprompt.defaults import defaults_for
+from softprompt.errors import ConfigError
+
+EMBEDDED = "embedded"  # the name under which a recipe asks for the model that ships inside the package
+
+TASKS = ("CAUSAL_LM", "SEQ_CLS")
+INITS = ("random", "vocab", "text", "examples")
+SCHEDULES = ("linear", "cosine", "constant")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _help(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one run. A field that is None is filled from ``defaults.py`` by ``resolved()``.
+
+    Raises ``ConfigError`` when a value has the wrong type, is out of range, or contradicts another one.
+    """
+
+    train: str = _help("training data: a .jsonl, .csv or .parquet file, or the name of a dataset", "")
+    out: str = _help("folder of the run; new or empty", "")
+    model: str = _help("base model: a folder, a hub name, or 'embedded' for the one in this package", EMBEDDED)
+    method: str = _help("how the prompt is made; `softprompt methods` lists them", "prefix_tuning")
+    task: str = _help("CAUSAL_LM (write the target) or SEQ_CLS (choose a label)", "CAUSAL_LM")
+    eval: str | None = _help("held-out data, same form as the training data")
+
+    template: str | None = _help("how a row becomes text, e.g. '{mr} => {ref}'; the last field is the target")
+    input_column: str | None = _help("column of the input, when there is no template")
+    target_column: str | None = _help("column of the target or label, when there is no template")
+    train_limit: int | None = _help("use only the first N training examples")
+    eval_limit: int | None = _help("use only the first N held-out examples")
+    max_length: int | None = _help("longest example in tokens; default: what the model's context leaves")
+
+    num_virtual_tokens: int | None = _help("length of the prompt")
+    init: str | None = _help("where the prompt starts: random, vocab, text, or examples (text of training examples)")
+    init_text: str | None = _help("the text of init: text")
+    method_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "further fields of the method's config"}
+    )
+
+    steps: int | None = _help("optimiser steps; give this or epochs")
+    epochs: float | None = _help("passes over the training data; give this or steps")
+    batch_size: int | None = _help("examples per step")
+    eval_batch_size: int = _help("examples per evaluation batch", 32)
+    learning_rate: float | None = _help("peak learning rate of the prompt")
+    head_learning_rate: float | None = _help("peak learning rate of a classification head")
+    schedule: str | None = _help("decay after the warm-up: linear, cosine or constant")
+    warmup: float | None = _help("share of the steps over which the learning rate rises, 0 to 1")
+    weight_decay: float | None = _help("AdamW's weight decay")
+    clip: float | None = _help("largest gradient norm; 0 turns clipping off")
+    base_dropout: bool = _help("keep the frozen model's own dropout on while training", True)
+    group_by_length: bool = _help("put examples of similar length into one batch (less padding)", True)
+    seed: int = _help("seed of initialisation, order and dropout", 0)
+
+    eval_steps: int | None = _help("evaluate every N steps; default: every epoch, at least once")
+    save_steps: int = _help("save the resumable state every N steps; 0: only when interrupted", 100)
+    samples: int = _help("held-out inputs that the report answers with and without the prompt", 6)
+    max_new_tokens: int = _help("length of those answers, in tokens", 64)
+    keep_encoder: bool = _help("also keep the prompt's encoder beside the adapter", False)
+    dtype: str = _help("number format of the frozen model", "float32")
+    device: str = _help("cpu, cuda, cuda:1, …; 'auto' takes a GPU when there is one", "auto")
+
+    def __post_init__(self) -> None:
+        for name, kind in _field_types().items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+        _check_choices(self)
+        _check_ranges(self)
+        _check_combinations(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the recipe") -> Recipe:
+        """Build from plain values; an unknown key is a ``ConfigError`` that names the closest known one."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"{where} has an unknown setting {key!r}{did_you_mean(str(key), known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file. ``ConfigError`` when it is missing, not YAML, or not a mapping."""
+        return cls.from_dict(read_yaml(path), where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values in field order, without the fields that are None."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed; unknown names are refused as in ``from_dict``."""
+        return Recipe.from_dict({**dataclasses.asdict(self), **changes})
+
+    def resolved(self) -> Recipe:
+        """The recipe with every open field filled from the defaults of its method and task."""
+        table = defaults_for(self.method, self.task)
+        changes: dict[str, Any] = {
+            f.name: getattr(table, f.name)
+            for f in dataclasses.fields(table)
+            if f.name != "method_options" and getattr(self, f.name) is None
+        }
+        if self.epochs is not None:
+            changes.pop("steps", None)
+        if self.init is None and self.init_text is not None:
+            changes["init"] = "text"
+        elif self.init is None and any("init" in name for name in self.method_options):
+            changes["init"] = "random"  # the method's own option decides
+        changes["method_options"] = {**table.method_options, **self.method_options}
+        return self.replace(**changes)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, or a ``ConfigError`` that says what is wrong with it."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no recipe {path}; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"the recipe {path} holds a {type(values).__name__}; write lines of the form 'name: value'")
+    return {str(key): value for key, value in values.items()}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest known word, else the list of what there is."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(names)}"
+
+
+def _field_types() -> dict[str, Any]:
+    return typing.get_type_hints(Recipe)
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as ``kind`` (a plain type, ``X | None`` or ``dict``), or ``ConfigError``."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    wanted = next(option for option in options if option is not type(None))
+    if typing.get_origin(wanted) is dict:
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return dict(value)
+    elif wanted is float:
+        number = _as_float(value)
+        if number is not None:
+            return number
+    elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+        return value
+    elif wanted is str and isinstance(value, Path):
+        return str(value)
+    words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+    expected = words.get(getattr(wanted, "__name__", ""), "a mapping of names to values")
+    raise ConfigError(f"{name} is {value!r}; it must be {expected}")
+
+
+def _as_float(value: Any) -> float | None:
+    """YAML 1.1 reads ``5e-3`` as text, so text that is a number counts as one."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _check_choices(recipe: Recipe) -> None:
+    choices = {"task": TASKS, "init": INITS, "schedule": SCHEDULES, "dtype": DTYPES}
+    for name, allowed in choices.items():
+        value = getattr(recipe, name)
+        if value is not None and value not in allowed:
+            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("num_virtual_tokens", "steps", "batch_size", "eval_batch_size", "eval_steps", "max_length", "max_new_tokens"),
+        (lambda value: value >= 1, "at least 1"),
+    ),
+    **dict.fromkeys(("train_limit", "eval_limit"), (lambda value: value >= 1, "at least 1")),
+    **dict.fromkeys(("epochs", "learning_rate", "head_learning_rate"), (lambda value: value > 0, "greater than 0")),
+    **dict.fromkeys(("weight_decay", "clip", "save_steps", "samples", "seed"), (lambda value: value >= 0, "0 or more")),
+    "warmup": (lambda value: 0 <= value < 1, "from 0 up to, but not including, 1"),
+}
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    for name, (holds, words) in _RANGES.items():
+        value = getattr(recipe, name)
+        if value is not None and not (math.isfinite(value) and holds(value)):
+            raise ConfigError(f"{name} is {value}; it must be {words}")
+
+
+def _check_combinations(recipe: Recipe) -> None:
+    if recipe.steps is not None and recipe.epochs is not None:
+        raise ConfigError(f"both steps ({recipe.steps}) and epochs ({recipe.epochs:g}) are set; give one of them")
+    if recipe.init == "text" and not recipe.init_text:
+        raise ConfigError("init is 'text' but init_text is empty; give the text to start from")
+    if recipe.init_text and recipe.init not in (None, "text"):
+        raise ConfigError(f"init_text is set but init is {recipe.init!r}; use init: text, or drop init_text")
+    if recipe.template and (recipe.input_column or recipe.target_column):
+        raise ConfigError("both a template and input_column/target_column are set; give one of the two")
+
+
+def require_paths(recipe: Recipe) -> None:
+    """A recipe may be incomplete until it is run; then it needs its data and its folder."""
+    if not recipe.train:
+        raise ConfigError("the recipe names no training data; give it with `train: FILE` or --train FILE")
+    if not recipe.out:
+        raise ConfigError("the recipe names no run folder; give it with `out: DIR` or --out DIR")
+
+
+def options_for(config_class: type[Any], options: Mapping[str, Any], reserved: Iterable[str] = ()) -> dict[str, Any]:
+    """``options`` checked against the fields of a method's config class.
+
+    Raises ``ConfigError`` for a field the config does not have (naming the closest) or one that the recipe itself sets.
+    """
+    known = {f.name for f in dataclasses.fields(config_class) if f.init}
+    blocked = set(reserved)
+    for name in options:
+        if name in blocked:
+            raise ConfigError(f"method_options sets {name!r}; set it in the recipe itself")
+        if name not in known:
+            raise ConfigError(f"method_options has an unknown field {name!r}{did_you_mean(name, known - blocked)}")
+    return dict(options)
