@@ -1,0 +1,193 @@
+"""Examples become token ids with labels, and those become padded batches. What other modules import for data is here.
+
+The border between input and target is exact: both are tokenised on their own, so the ids a prompt was trained on are
+the ids that generation starts from. Spaces at the border belong to the target, because byte-level vocabularies hold
+words with their leading space. The loss is on the target and the end token after it, never on the input.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from softprompt.errors import DataError
+from softprompt.examples import Example, LabelledExample, Template, expand, load_examples, load_labelled
+
+__all__ = [
+    "IGNORED",
+    "Encoded",
+    "EncodedLabel",
+    "Example",
+    "LabelledExample",
+    "Template",
+    "collate",
+    "encode",
+    "encode_all",
+    "encode_labels",
+    "expand",
+    "input_ids",
+    "load_examples",
+    "load_labelled",
+    "target_ids",
+]
+
+IGNORED = -100  # the label that transformers' losses skip
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids and, of the same length, labels: −100 on the input, the target's ids and the end token after it."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class EncodedLabel:
+    """Token ids of a text to classify and the index of its class."""
+
+    input_ids: list[int]
+    label: int
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, room_for_prompt: int = 0) -> Encoded:
+    """Ids and labels of the first target; DataError names the row if `max_length − room_for_prompt` is too little."""
+    return encode_all([example], tokenizer, max_length, room_for_prompt)[0]
+
+
+def encode_all(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, room_for_prompt: int = 0
+) -> list[Encoded]:
+    """`encode` for many examples at once, which fast tokenizers do several times faster."""
+    room = max_length - room_for_prompt
+    encoded = []
+    starts, targets = input_ids(examples, tokenizer), target_ids(examples, tokenizer)
+    for example, start, target in zip(examples, starts, targets, strict=True):
+        if len(start) + len(target) > room:
+            beside = f" beside {room_for_prompt} virtual tokens" if room_for_prompt else ""
+            raise DataError(
+                f"{example.where} does not fit: its input takes {len(start)} tokens and its target "
+                f"{len(target)}, but a length of {max_length} leaves {max(room, 0)}{beside}; shorten or "
+                "drop the row, or allow a greater length if the model has it"
+            )
+        encoded.append(Encoded(start + target, [IGNORED] * len(start) + target))
+    return encoded
+
+
+def encode_labels(
+    examples: Sequence[LabelledExample],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    room_for_prompt: int = 0,
+    truncate: bool = False,
+) -> list[EncodedLabel]:
+    """Ids of texts to classify, with the special tokens the tokenizer puts around them.
+
+    DataError names a text that does not fit, unless it may be cut (`truncate`; special tokens stay).
+    """
+    room = max_length - room_for_prompt
+    encoded = []
+    for example, ids in zip(examples, _ids(tokenizer, [e.text for e in examples], special=True), strict=True):
+        if len(ids) > room and truncate:
+            ids = list(tokenizer(example.text, truncation=True, max_length=room)["input_ids"])  # pyright: ignore
+        elif len(ids) > room:
+            raise DataError(
+                f"{example.where} does not fit: its text takes {len(ids)} tokens, but a length of "
+                f"{max_length} leaves {max(room, 0)}; shorten or drop the row"
+            )
+        encoded.append(EncodedLabel(ids, example.label))
+    return encoded
+
+
+def input_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """What generation starts from: each input's ids, with a start token if the tokenizer adds one, no end token."""
+    chats = [bool(example.messages) for example in examples]
+    texts = [_chat_texts(e, tokenizer)[0] if e.messages else e.input for e in examples]
+    encoded = _ids_of_kinds(tokenizer, texts, special=[not chat for chat in chats])
+    for index, (example, ids) in enumerate(zip(examples, encoded, strict=True)):
+        if not example.messages and ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+            encoded[index] = ids = ids[:-1]
+        if not ids:
+            raise DataError(
+                f"{example.where}: the input is empty and this tokenizer adds no start token; "
+                "begin with at least one word"
+            )
+    return encoded
+
+
+def target_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The first target's ids, ended by the end-of-sequence token (by the template's own end of turn in a chat)."""
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise DataError("this tokenizer has no end-of-sequence token, so a target could not end; set eos_token")
+    adds_space = tokenizer.tokenize("a")[0].startswith("▁")  # SentencePiece style: every text starts as if after one
+    texts = [_answer(e, tokenizer) if e.messages else _after_border(e, adds_space) for e in examples]
+    encoded = _ids(tokenizer, texts, special=False)
+    for example, text, ids in zip(examples, texts, encoded, strict=True):
+        if not example.messages or text == example.targets[0].rstrip():  # a template without an end of turn
+            ids.append(end)
+    return encoded
+
+
+def _after_border(example: Example, adds_space: bool) -> str:
+    text = example.border + example.targets[0]
+    return text[1:] if adds_space and text.startswith(" ") else text
+
+
+def _answer(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The assistant's last turn with its end, without the blank that some templates write after that."""
+    start, whole = _chat_texts(example, tokenizer)
+    return whole[len(start) :].rstrip()
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bool) -> list[list[int]]:
+    # verbose=False: the tokenizer's own warning about long texts would only repeat our error in vaguer words
+    return tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"] if texts else []  # pyright: ignore
+
+
+def _ids_of_kinds(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: Sequence[bool]) -> list[list[int]]:
+    """Ids of texts of which some get the tokenizer's special tokens, in the given order."""
+    found: dict[int, list[int]] = {}
+    for kind in set(special):
+        places = [index for index, this in enumerate(special) if this == kind]
+        found.update(zip(places, _ids(tokenizer, [texts[index] for index in places], kind), strict=True))
+    return [found[index] for index in range(len(texts))]
+
+
+def _chat_texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The chat up to where the assistant's last turn begins, and the whole chat."""
+    if not tokenizer.chat_template:
+        raise DataError(
+            f'{example.where} holds "messages", but this tokenizer has no chat template; use input and '
+            "target columns or a template"
+        )
+    messages: Any = example.messages
+    start = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    if not whole.startswith(start):
+        raise DataError(
+            f"{example.where}: this tokenizer's chat template writes an answer differently once it is "
+            "given, so its tokens cannot be told apart; use input and target columns"
+        )
+    return start, whole
+
+
+def collate(
+    batch: Sequence[Encoded] | Sequence[EncodedLabel], pad_id: int, padding_side: str = "right"
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [B, T], and `labels` [B, T] (of texts to classify [B])."""
+    width = max(len(row.input_ids) for row in batch)
+
+    def padded(values: list[int], fill: int) -> list[int]:
+        rest = [fill] * (width - len(values))
+        return rest + values if padding_side == "left" else values + rest
+
+    labels = [row.label if isinstance(row, EncodedLabel) else padded(row.labels, IGNORED) for row in batch]
+    return {
+        "input_ids": torch.tensor([padded(row.input_ids, pad_id) for row in batch]),
+        "attention_mask": torch.tensor([padded([1] * len(row.input_ids), 0) for row in batch]),
+        "labels": torch.tensor(labels),
+    }
