@@ -1,0 +1,72 @@
+# Everything sets itself up: `make demo` and `make test` need Python 3.11 or newer, make, and a package index.
+PY        ?= python3
+VENV      ?= .venv
+PIP_TORCH ?= torch==2.13.0
+JOBS      ?= 2
+OUT       ?= demo-run
+BIN       := $(VENV)/bin
+PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+export HF_HUB_OFFLINE = 1
+
+.PHONY: help setup demo test lint types test-floor bench docs clean
+
+help:
+	@echo "make demo        train a prefix on the embedded model, save, reload, generate, report (OUT=$(OUT))"
+	@echo "make test        lint, types, all tests"
+	@echo "make test-floor  the tests on the lowest supported versions, in their own environment"
+	@echo "make bench       the tables in benchmarks/results and README.md"
+	@echo "make docs        docs/first-run.md from a real run of the demo"
+	@echo "make clean       remove what the other targets made"
+
+# torch goes first and alone: a requirement without a version may bring another build than the one asked for.
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PY) -m venv $(VENV)
+	$(PIP) '$(PIP_TORCH)'
+	$(PIP) -c constraints.txt -e '.[report,data]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) -c constraints.txt -e '.[report,data,dev]'
+	@touch $@
+
+setup: $(VENV)/.dev
+
+demo: $(VENV)/.run
+	$(BIN)/python -m softprompt.demo --out '$(OUT)'
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+test-floor:
+	$(MAKE) VENV='$(VENV)-floor' floor
+
+# Not called by hand: the same package on the versions of constraints-floor.txt.
+.PHONY: floor
+floor: $(VENV)/.floor
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not slow'
+
+$(VENV)/.floor: pyproject.toml constraints-floor.txt
+	$(PY) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints-floor.txt)"
+	$(PIP) -c constraints-floor.txt -e '.[report,data,dev]'
+	@touch $@
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python scripts/fill_readme.py
+
+docs: $(VENV)/.run
+	$(BIN)/python scripts/record_first_run.py
+	$(BIN)/python scripts/fill_readme.py
+
+clean:
+	rm -rf '$(VENV)' '$(VENV)-floor' '$(OUT)' build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
