@@ -1,0 +1,126 @@
+"""What a prompt is worth: held-out loss, generated text against its references, and accuracy.
+
+All functions take any causal (or sequence classification) model, with or without a soft prompt, so that the frozen
+model is measured by the same code. Nothing is trained and no gradient is kept; the model's mode is put back.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from softprompt.data import IGNORED, Encoded, EncodedLabel, Example, collate, input_ids
+from softprompt.errors import DataError
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; gives the device of the model."""
+    training = [module for module in model.modules() if module.training]  # a frozen base may stay in eval mode
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first: little padding, and too large a batch fails at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def evaluate_loss(model: nn.Module, encoded: Sequence[Encoded], batch_size: int = 32) -> dict[str, float]:
+    """`loss` in nats per target token (every token counts the same, whatever its batch), `perplexity`, `tokens`."""
+    if not encoded:
+        raise DataError("there are no examples to evaluate; give at least one")
+    total, tokens = 0.0, 0
+    with _evaluating(model) as device:
+        for places in _batches_by_length([len(row.input_ids) for row in encoded], batch_size):
+            batch = collate([encoded[place] for place in places], pad_id=0)
+            count = int((batch["labels"] != IGNORED).sum())
+            loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
+            total, tokens = total + float(loss) * count, tokens + count
+    loss = total / tokens
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
+
+
+def evaluate_accuracy(
+    model: nn.Module, encoded: Sequence[EncodedLabel], batch_size: int = 32, pad_id: int = 0
+) -> dict[str, float]:
+    """`accuracy` (0 to 1) and mean cross-entropy `loss` in nats per row of a model with logits [B, classes]."""
+    if not encoded:
+        raise DataError("there are no examples to evaluate; give at least one")
+    total, right = 0.0, 0
+    with _evaluating(model) as device:
+        for places in _batches_by_length([len(row.input_ids) for row in encoded], batch_size):
+            batch = {k: v.to(device) for k, v in collate([encoded[place] for place in places], pad_id).items()}
+            labels = batch.pop("labels")
+            logits: Tensor = model(**batch).logits.float()
+            total += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            right += int((logits.argmax(-1) == labels).sum())
+    return {"accuracy": right / len(encoded), "loss": total / len(encoded), "rows": len(encoded)}
+
+
+def generate_texts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Sequence[str] | Sequence[Example],
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    **generation: Any,
+) -> list[str]:
+    """One text per input, in their order, stripped of surrounding blanks; left-padded batches, greedy by default.
+
+    `generation` goes to the model's `generate` (`num_beams`, `do_sample`, `temperature`, …).
+    """
+    examples = [Example(text, ("",), where="the input") if isinstance(text, str) else text for text in inputs]
+    starts = input_ids(examples, tokenizer)
+    options = {"do_sample": False, "num_beams": 1, "pad_token_id": pad_id(tokenizer), **generation}
+    texts = [""] * len(starts)
+    with _evaluating(model) as device:
+        for places in _batches_by_length([len(ids) for ids in starts], batch_size):
+            ids, mask = _left_padded([starts[place] for place in places], pad_id(tokenizer))
+            output = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, **options
+            )
+            answers = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            for place, answer in zip(places, answers, strict=True):
+                texts[place] = answer.strip()
+    return texts
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the end token's where the tokenizer has none for padding. Padded places are masked."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(candidate, int):
+            return candidate
+    return 0
+
+
+def _left_padded(rows: Sequence[list[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, both [B, T]."""
+    batch = collate([Encoded(row, row) for row in rows], fill, padding_side="left")
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def score_texts(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Corpus `bleu` and `chrf` (0 to 100) by sacrebleu, each prediction against all of its references."""
+    if len(predictions) != len(references) or not predictions:
+        raise DataError(f"{len(predictions)} texts cannot be scored against {len(references)} sets of references")
+    from sacrebleu.metrics.bleu import BLEU  # here because few commands score anything
+    from sacrebleu.metrics.chrf import CHRF
+
+    widest = max(len(texts) for texts in references)
+    streams = [[texts[n].strip() if n < len(texts) else None for texts in references] for n in range(widest)]
+    answers = [text.strip() for text in predictions]
+    bleu = BLEU().corpus_score(answers, streams)  # pyright: ignore[reportArgumentType]  None fills missing references
+    chrf = CHRF().corpus_score(answers, streams)  # pyright: ignore[reportArgumentType]
+    return {"bleu": bleu.score, "chrf": chrf.score}
