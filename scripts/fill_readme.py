@@ -1,0 +1,114 @@
+"""Fill the generated parts of README.md: result tables, the table of methods, the file tree.
+
+    python scripts/fill_readme.py            write README.md
+    python scripts/fill_readme.py --check    exit 1, naming the part, where README.md is out of date
+
+A part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. ``results:e2e`` is benchmarks/results/e2e.md;
+``methods`` comes from the registry; ``tree`` from the first line of each module's docstring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PART = re.compile(r"<!-- (?P<name>[a-z][\w:-]*) -->\n(?P<body>.*?)<!-- /(?P=name) -->", re.DOTALL)
+FOLDERS = {
+    "softprompt": "the package",
+    "benchmarks": "one question, one table per file; results/ holds what they printed",
+    "examples": "recipes to copy from",
+    "tests": "mirrors the package; offline, on tiny models",
+    "scripts": "what made the embedded model, and what makes the generated documents",
+    "docs": "first-run.md: what `make demo` prints",
+}
+
+
+def results(name: str) -> str:
+    """The markdown table that a benchmark left in benchmarks/results."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.md"
+    return path.read_text(encoding="utf-8").strip() + "\n" if path.exists() else "Not measured yet.\n"
+
+
+def methods() -> str:
+    """One row per registered method: name, configuration class, paper."""
+    from softprompt.methods import METHODS
+
+    lines = ["| method | configuration | paper |", "|---|---|---|"]
+    for name, method in sorted(METHODS.items()):
+        text = sys.modules[method.__module__].__doc__ or ""
+        title, url = text.splitlines()[0].split(", https://")
+        lines.append(f"| `{name}` | `{method.config_class.__name__}` | [{title}](https://{url.rstrip('.')}) |")
+    return "\n".join(lines) + "\n"
+
+
+def tree() -> str:
+    """The folders, and each module of the package with the first line of its docstring."""
+    lines = []
+    for folder, meaning in FOLDERS.items():
+        if (ROOT / folder).is_dir():
+            lines.append(f"{folder + '/':<24}{meaning}")
+            lines += modules(ROOT / folder, "  ") if folder == "softprompt" else []
+    return "```text\n" + "\n".join(lines) + "\n```\n"
+
+
+def modules(folder: Path, indent: str) -> list[str]:
+    """The lines of one package folder: its own modules, then its sub-packages."""
+    lines = []
+    for path in sorted(folder.glob("*.py")):
+        if path.name != "__init__.py":
+            lines.append(f"{indent + path.name:<24}{summary(path)}")
+    for path in sorted(folder.iterdir()):
+        if (path / "__init__.py").exists():
+            lines.append(f"{indent + path.name + '/':<24}{summary(path / '__init__.py')}")
+            lines += modules(path, indent + "  ")
+    return lines
+
+
+def summary(path: Path) -> str:
+    """The first line of a module's docstring, cut at a word to about 96 characters."""
+    text = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0].split(", https://")[0]
+    cut = text if len(text) <= 96 else text[:95].rsplit(" ", 1)[0] + " …"
+    return cut.rstrip(".,:;")
+
+
+def part(name: str) -> str:
+    kind, _, argument = name.partition(":")
+    makers = {"results": lambda: results(argument), "methods": methods, "tree": tree}
+    if kind not in makers:
+        raise SystemExit(f"README.md has a part {name!r}, but only {', '.join(makers)} are known")
+    return makers[kind]()
+
+
+def filled(text: str) -> str:
+    """``text`` with every part replaced by what it should be."""
+    return PART.sub(lambda found: f"<!-- {found['name']} -->\n{part(found['name'])}<!-- /{found['name']} -->", text)
+
+
+def stale(text: str) -> list[str]:
+    """The names of the parts that are not what they should be."""
+    return [found["name"] for found in PART.finditer(text) if found["body"] != part(found["name"])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a part is out of date")
+    arguments = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if arguments.check:
+        old = stale(text)
+        if old:
+            raise SystemExit(f"README.md is out of date in: {', '.join(old)}; run python scripts/fill_readme.py")
+        return
+    temporary = readme.with_name(".README.md.tmp")
+    temporary.write_text(filled(text), encoding="utf-8")
+    os.replace(temporary, readme)
+
+
+if __name__ == "__main__":
+    main()
