@@ -194,7 +194,7 @@ def rows(held_out: bool, count: int, apart: list[set[tuple[str, str]]], random_:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("softprompt/demo_data"))
     folder = parser.parse_args().out
     random_ = random.Random(SEED)
