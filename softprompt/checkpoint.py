@@ -1,0 +1,229 @@
+"""Saving and loading prompts. PEFT's format is the format.
+
+A folder with `adapter_config.json` and `adapter_model.safetensors` (`prompt_embeddings`, and task heads as
+`base_model.<path>.*`), which PEFT reads and writes too. Beside them there may be `encoder.safetensors`, which PEFT
+ignores: the encoder the prompt came from, to go on training with. Reading trusts nothing, see `checkpoint_guard`.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from softprompt.checkpoint_config import CONFIG_NAME, config_to_json, method_of, parse_config, read_config
+from softprompt.checkpoint_files import locate, need, write_files
+from softprompt.checkpoint_guard import (
+    check_adapter_name,
+    check_finite,
+    check_layouts,
+    read_any_tensors,
+    read_metadata,
+    read_tensors,
+)
+from softprompt.config import PromptConfig
+from softprompt.errors import CheckpointError, SoftPromptError
+from softprompt.prompt import Geometry, KVPrompt
+
+__all__ = [
+    "CONFIG_NAME",
+    "ENCODER_NAME",
+    "WEIGHTS_NAME",
+    "SavedAdapter",
+    "check_adapter_name",
+    "check_fits",
+    "load_adapter",
+    "load_config",
+    "read_kv_file",
+    "save_adapter",
+    "write_config",
+    "write_files",
+    "write_tensors",
+]
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+OLD_WEIGHTS_NAME = "adapter_model.bin"
+ENCODER_NAME = "encoder.safetensors"
+_PROMPT_DIGEST = "prompt_sha256"
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What a checkpoint holds, checked, on the CPU.
+
+    `tensors`: `prompt_embeddings` (`[n·submodules, d]`, or `[n, L·2·h·k]` for a KV method) and heads by their PEFT
+    names. `encoder`: the kept encoder's state dict, where there is one. `source`: where it came from, for messages.
+    """
+
+    config: PromptConfig
+    tensors: dict[str, Tensor]
+    encoder: dict[str, Tensor] | None = None
+    source: str = "the adapter"
+
+
+def save_adapter(
+    folder: Path, config: PromptConfig, tensors: Mapping[str, Tensor], encoder: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write an adapter so that PEFT can read it, whole or not at all; `inference_mode` is true on disk.
+
+    `encoder` is the state dict of the encoder, to go on training with; where the prompt is a table of its own there is
+    nothing more to keep, and nothing is written. What could not be loaded again (a NaN, a wrong shape) is a
+    CheckpointError, as is a folder that cannot be written; an earlier checkpoint there then stays as it was.
+    """
+    folder = Path(folder)
+    text = config_to_json(config).encode()
+    config = parse_config(text, folder / CONFIG_NAME)
+    shapes = _prompt_shapes(config, folder / CONFIG_NAME)
+    plain = _plain(tensors)
+    check_layouts(folder / WEIGHTS_NAME, _layouts(plain), shapes, config.modules_to_save)
+    check_finite(folder / WEIGHTS_NAME, plain)
+    files: dict[str, bytes | None] = {WEIGHTS_NAME: _pack(plain), ENCODER_NAME: None, CONFIG_NAME: text}
+    if encoder is not None and tuple(encoder) != ("embedding.weight",):
+        kept = _plain(encoder)
+        check_layouts(folder / ENCODER_NAME, _layouts(kept), _encoder_shapes(config, folder / CONFIG_NAME), None)
+        check_finite(folder / ENCODER_NAME, kept)
+        files[ENCODER_NAME] = _pack(kept, {_PROMPT_DIGEST: _digest(plain, shapes)})
+    write_files(folder, files)
+
+
+def load_adapter(
+    path_or_hub_id: str | Path,
+    revision: str | None = None,
+    *,
+    subfolder: str = "",
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> SavedAdapter:
+    """Read an adapter from a folder, else from the hub. Raises CheckpointError; nothing in it is ever run.
+
+    `subfolder`: where a named adapter lies in the folder of several. The rest is for the hub alone.
+    """
+    find = locate(path_or_hub_id, subfolder, revision, cache_dir, token, local_files_only)
+    config_path = need(find, CONFIG_NAME, path_or_hub_id)
+    config = read_config(config_path)
+    shapes = _prompt_shapes(config, config_path)
+    weights = find(WEIGHTS_NAME) or find(OLD_WEIGHTS_NAME)
+    if weights is None:
+        raise CheckpointError(
+            f"{config_path.parent} has a {CONFIG_NAME} but neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME}; copy the "
+            f"whole adapter."
+        )
+    tensors = read_tensors(weights, shapes, config.modules_to_save)
+    encoder = _load_encoder(find(ENCODER_NAME), config, config_path, _digest(tensors, shapes))
+    return SavedAdapter(config, tensors, encoder, source=str(config_path.parent))
+
+
+def load_config(path_or_hub_id: str | Path, revision: str | None = None, **options: Any) -> PromptConfig:
+    """The config of an adapter alone, checked; options as for `load_adapter`."""
+    options = {"subfolder": "", "cache_dir": None, "token": None, "local_files_only": False} | options
+    find = locate(path_or_hub_id, revision=revision, **options)
+    return read_config(need(find, CONFIG_NAME, path_or_hub_id))
+
+
+def write_config(folder: Path, config: PromptConfig) -> None:
+    """Write `adapter_config.json` alone. Raises CheckpointError."""
+    write_files(Path(folder), {CONFIG_NAME: config_to_json(config).encode()})
+
+
+def check_fits(saved: SavedAdapter, geometry: Geometry) -> None:
+    """Raise CheckpointError if the adapter was made for a base model of other sizes, naming each and both numbers."""
+    config = saved.config
+    sizes = [("layers", config.num_layers, len(geometry.layers))]
+    if issubclass(method_of(config.peft_type, Path(saved.source)), KVPrompt):
+        layer, heads = geometry.uniform_layer(), config.num_attention_heads or 1
+        sizes += [
+            ("key-value heads", heads, layer.heads),
+            ("head size", (config.token_dim or 0) // heads, layer.key_size),
+        ]
+    else:
+        sizes += [
+            ("width", config.token_dim, geometry.hidden_size),
+            ("attention heads", config.num_attention_heads, geometry.query_heads),
+        ]
+    wrong = [f"{name} {there} in the adapter, {here} here" for name, there, here in sizes if there not in (None, here)]
+    if wrong:
+        name = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
+        raise CheckpointError(
+            f"{saved.source} was made for another base model{name}: {'; '.join(wrong)}; load that base model, or train "
+            f"a prompt for this one."
+        )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file, whole or not at all. Raises CheckpointError."""
+    plain = check_finite(Path(path), _plain(tensors))
+    write_files(Path(path).parent, {Path(path).name: _pack(plain)})
+
+
+def read_kv_file(path: Path) -> list[tuple[Tensor, Tensor]]:
+    """Key and value `[h, p, k]` of every layer, as `KV.save` writes them. Raises CheckpointError."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file; fold a prompt and save it there first.")
+    tensors = read_any_tensors(path)
+    layers = len(tensors) // 2
+    names = {f"{part}.{index}" for part in ("key", "value") for index in range(layers)}
+    if not tensors or set(tensors) != names:
+        raise CheckpointError(f"{path} is not a key-value prompt file: it holds {', '.join(sorted(tensors)[:4])} ….")
+    length = tensors["key.0"].shape[1] if tensors["key.0"].dim() == 3 else -1
+    for name, tensor in tensors.items():
+        heads = tensors[name.replace("value", "key")].shape[:1]
+        if tensor.dim() != 3 or 0 in tensor.shape or tensor.shape[1] != length or tensor.shape[:1] != heads:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(tensor.shape)}, not [heads, {length} virtual tokens, head size]; save "
+                f"the prompt again."
+            )
+    return [(tensors[f"key.{index}"], tensors[f"value.{index}"]) for index in range(layers)]
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU, in their own type, sharing no memory."""
+    return {name: each.detach().to("cpu", copy=True).contiguous() for name, each in tensors.items()}
+
+
+def _layouts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype | str]]:
+    return {name: (tuple(each.shape), each.dtype) for name, each in tensors.items()}
+
+
+def _pack(tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    return to_safetensors(tensors, metadata={"format": "pt", **(metadata or {})})
+
+
+def _prompt_shapes(config: PromptConfig, path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the prompt's own tensors, from the trained-down module on the meta device."""
+    return {"prompt_embeddings": _state_shapes(replace(config, inference_mode=True), path)["embedding.weight"]}
+
+
+def _encoder_shapes(config: PromptConfig, path: Path) -> dict[str, tuple[int, ...]]:
+    return _state_shapes(replace(config, inference_mode=False), path)
+
+
+def _state_shapes(config: PromptConfig, path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with torch.device("meta"):
+            module = method_of(config.peft_type, path)(config)
+    except SoftPromptError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return {name: tuple(each.shape) for name, each in module.state_dict().items()}
+
+
+def _digest(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
+    """What ties an encoder to the prompt it was saved with."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _load_encoder(path: Path | None, config: PromptConfig, config_path: Path, digest: str) -> dict[str, Tensor] | None:
+    if path is None:
+        return None
+    encoder = read_tensors(path, _encoder_shapes(config, config_path))
+    if read_metadata(path).get(_PROMPT_DIGEST) != digest:
+        raise CheckpointError(f"{path} was not saved together with the prompt beside it; delete it to use the prompt.")
+    return encoder

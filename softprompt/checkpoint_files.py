@@ -1,0 +1,169 @@
+"""The files of a checkpoint: finding them in a folder or on the hub, and putting them there whole or not at all."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from softprompt.checkpoint_config import CONFIG_NAME
+from softprompt.checkpoint_guard import check_subfolder, file_inside, reason
+from softprompt.errors import CheckpointError
+
+Find = Callable[[str], Path | None]
+"""From the name of a file of an adapter to where it is, or None where the adapter has no such file."""
+
+
+def need(find: Find, name: str, asked: str | Path) -> Path:
+    """The path of a file the adapter must have; `asked` is what the user called the adapter. Raises CheckpointError."""
+    path = find(name)
+    if path is None:
+        folder = Path(asked)
+        inside = sorted(each.parent.name for each in folder.glob(f"*/{name}")) if folder.is_dir() else []
+        hint = (
+            f"it has adapters in {', '.join(inside[:5])}, so name one of these"
+            if inside
+            else "give an adapter's folder"
+        )
+        raise CheckpointError(f"{asked} has no {name}; {hint}.")
+    return path
+
+
+def locate(
+    asked: str | Path,
+    subfolder: str,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    token: str | bool | None,
+    local_files_only: bool,
+) -> Find:
+    """Where the files of an adapter are: a folder on this machine first, else a repository on the hub."""
+    subfolder = check_subfolder(subfolder or "")
+    if not str(asked) or "\0" in str(asked):
+        raise CheckpointError(f"{str(asked)!r} is not the path of an adapter; give its folder or a hub id.")
+    if Path(asked).is_dir():
+        folder = Path(asked) / subfolder
+        return partial(_find_local, folder, _cache_blobs(folder))
+    if Path(asked).exists():
+        raise CheckpointError(f"{asked} is a file; give the folder that holds {CONFIG_NAME}.")
+    if Path(asked).is_absolute() or (Path(asked).parent != Path() and Path(asked).parent.is_dir()):
+        raise CheckpointError(f"there is no folder {asked}; check the path.")  # plainly a path: do not ask the hub
+    options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    return partial(_find_on_hub, str(asked), subfolder, options)
+
+
+def _find_local(folder: Path, roots: tuple[Path, ...], name: str) -> Path | None:
+    return file_inside(folder, name, roots)
+
+
+def _cache_blobs(folder: Path) -> tuple[Path, ...]:
+    """For a snapshot in the hub's own cache, the folder its links lead to."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE).resolve()
+    for parent in folder.resolve().parents:
+        if parent.name == "snapshots" and parent.parent.parent == cache:
+            return (parent.parent / "blobs",)
+    return ()
+
+
+def _find_on_hub(repo_id: str, subfolder: str, options: Mapping[str, Any], name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(repo_id, name, subfolder=subfolder or None, **options))
+    except LocalEntryNotFoundError as error:
+        if name != CONFIG_NAME:
+            return None  # the config is in the cache, so this file is not part of what was downloaded
+        raise CheckpointError(
+            f"there is no folder {repo_id!r} here, and the hub could not be reached for an adapter of that name; check "
+            f"the path, or run `hf download {repo_id}` where there is a network."
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # the hub's client raises its own, its transport's and the system's errors
+        raise CheckpointError(
+            f"there is no folder {repo_id!r} here, and the hub gave no such adapter ({reason(error)}); check the path."
+        ) from error
+    return file_inside(path.parent, path.name, roots=(Path(options["cache_dir"] or HF_HUB_CACHE),))
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes | None]) -> None:
+    """Put files into `folder` in the order given, all or none; None takes a file away.
+
+    Everything is first written beside its place under another name and flushed to the disk, then renamed. Whatever
+    goes wrong, including an interrupt, puts back what was there. Raises CheckpointError with the path and the reason.
+    """
+    made = not folder.exists()
+    mark = f".{secrets.token_hex(6)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in contents:
+            if (folder / name).is_dir():
+                raise CheckpointError(f"{folder / name} is a folder, so no file can be saved there; move it away.")
+        try:
+            for name, data in contents.items():
+                if data is not None:
+                    _write(folder / f"{mark}.{name}.new", data)
+            _swap(folder, contents, mark)
+        finally:
+            for rest in folder.glob(f"{mark}.*"):
+                rest.unlink(missing_ok=True)
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: saving failed ({reason(error)}) and changed nothing; free some space or choose another folder."
+        ) from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _swap(folder: Path, contents: Mapping[str, bytes | None], mark: str) -> None:
+    """Rename the new files into place; on any failure rename the old ones back."""
+    touched: list[str] = []
+    try:
+        for name, data in contents.items():
+            if (folder / name).is_file():
+                _duplicate(folder / name, folder / f"{mark}.{name}.old")
+            touched.append(name)
+            if data is None:
+                (folder / name).unlink(missing_ok=True)
+            else:
+                (folder / f"{mark}.{name}.new").replace(folder / name)
+        _sync_folder(folder)
+    except BaseException:
+        for name in touched:
+            if (folder / f"{mark}.{name}.old").exists():
+                (folder / f"{mark}.{name}.old").replace(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _duplicate(path: Path, other: Path) -> None:
+    """A second name for a file, or a copy where the file system has no links."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copy2(path, other)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames durable where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,232 @@
+"""Checks on everything a checkpoint brings in: names, paths, and tensor files, before they are used.
+
+Nothing is unpickled except by `torch.load(weights_only=True)`, which builds tensors and plain containers only; names,
+types, shapes and sizes are compared with what the config promises before a byte of tensor data is read.
+"""
+
+import pickle
+import stat
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from softprompt.errors import CheckpointError
+
+HEADER_BYTES = 1_000_000  # a safetensors header, or the records beside the data in a .bin file
+HEAD_BYTES = 16 << 30  # room for task heads, whose shapes only the base model knows
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TAKEN_NAMES = frozenset(dir(nn.ModuleDict())) | {"__base__"}
+
+Layout = tuple[tuple[int, ...], torch.dtype | str]
+"""Shape and type of one stored tensor; a type that no checkpoint may hold stays the file's own word for it."""
+
+
+def check_adapter_name(name: Any) -> str:
+    """`name`, if it can be both a key of an `nn.ModuleDict` and a folder. Raises CheckpointError."""
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"adapter name {name!r} is not a non-empty text; choose a name such as 'default'.")
+    shown = repr(name if len(name) <= 60 else name[:57] + "...")
+    if not name.isprintable() or any(char in '/\\:."' for char in name) or name != name.strip() or len(name) > 100:
+        raise CheckpointError(
+            f"adapter name {shown} cannot name a folder and a module; use at most 100 letters, digits, '-' and '_'."
+        )
+    if name in _TAKEN_NAMES:
+        raise CheckpointError(f"adapter name {shown} is reserved; choose another.")
+    return name
+
+
+def check_subfolder(subfolder: str) -> str:
+    """A relative path that stays below the folder it is relative to. Raises CheckpointError."""
+    ways_out = [PurePosixPath(subfolder), PureWindowsPath(subfolder)]
+    if "\0" in subfolder or any(way.is_absolute() or way.drive or ".." in way.parts for way in ways_out):
+        raise CheckpointError(f"subfolder {subfolder!r} leaves the adapter's folder; give a plain relative path.")
+    return subfolder
+
+
+def file_inside(folder: Path, name: str, roots: tuple[Path, ...] = ()) -> Path | None:
+    """The regular file `name` in `folder`, or None where there is none.
+
+    A link may only lead to somewhere in `folder` or in one of `roots` (the hub's cache keeps its files in another
+    folder); pipes and devices would block or never end. Raises CheckpointError.
+    """
+    path = folder / name
+    try:
+        real = path.resolve(strict=True)
+        mode = real.stat().st_mode
+        allowed = [root.resolve() for root in (folder, *roots)]
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link to nothing; copy the adapter again.") from None
+        return None
+    except (OSError, RuntimeError) as error:  # no permission, or links that lead in a circle
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}.") from error
+    if not any(real.is_relative_to(root) for root in allowed):
+        raise CheckpointError(f"{path} is a link out of its folder, to {real}; put the file itself there.")
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} is not a regular file; put the adapter's file there.")
+    return path
+
+
+def is_head(name: str, modules: list[str] | None) -> bool:
+    """Whether tensor `name` (`base_model.<path>.<parameter>`) belongs to a module listed in `modules_to_save`."""
+    inside = name.removeprefix("base_model.")
+    return inside != name and any(f".{module}." in f".{inside}" for module in modules or ())
+
+
+def read_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], heads: list[str] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` or `.bin` file, on the CPU, each in its own memory.
+
+    The file must hold exactly the names in `shapes`, with these shapes, and besides them only tensors of the modules
+    `heads`. Raises CheckpointError that names the file and the reason.
+    """
+    need = 8 * sum(_count(shape) for shape in shapes.values())
+    _check_size(path, need + HEADER_BYTES + (HEAD_BYTES if heads else 0))
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_bin
+    return check_finite(path, read(path, lambda found: check_layouts(path, found, shapes, heads)))
+
+
+def read_any_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a `.safetensors` file whose names and shapes the caller will check. Raises CheckpointError."""
+    return check_finite(path, _read_safetensors(path, lambda found: _check_types(path, found)))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text metadata of a `.safetensors` file. Raises CheckpointError."""
+    with _damage(path), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def check_layouts(
+    path: Path, found: Mapping[str, Layout], shapes: Mapping[str, tuple[int, ...]], heads: list[str] | None
+) -> None:
+    """Raise CheckpointError unless `found` is exactly what the config promises."""
+    for name, shape in shapes.items():
+        if name not in found:
+            raise CheckpointError(f"{path} has no tensor {name!r}; it holds {_listing(found)}.")
+        if found[name][0] != shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(found[name][0])} but its config promises {list(shape)}; the two files "
+                f"do not belong together."
+            )
+    for name in found:
+        if name not in shapes and not is_head(name, heads):
+            raise CheckpointError(
+                f"{path} holds a tensor {_short(name)} that is neither the prompt nor part of modules_to_save "
+                f"({', '.join(heads or []) or 'none'})."
+            )
+    _check_types(path, found)
+
+
+def _check_types(path: Path, found: Mapping[str, Layout]) -> None:
+    for name, (shape, dtype) in found.items():
+        counter = dtype in ("I64", torch.int64) and shape == ()  # such as a batch norm's num_batches_tracked
+        if dtype not in _FLOATS.values() and not counter:
+            raise CheckpointError(
+                f"{path}: {_short(name)} has type {str(dtype).removeprefix('torch.')}; a prompt is made of real "
+                f"numbers (float32, float16, bfloat16 or float64)."
+            )
+        if len(shape) > 8:
+            raise CheckpointError(f"{path}: {_short(name)} has {len(shape)} dimensions; no parameter has so many.")
+
+
+def check_finite(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors`, if every number is finite. Raises CheckpointError."""
+    for name, tensor in tensors.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise CheckpointError(
+                f"{path}: {bad} of the {tensor.numel()} numbers in {_short(name)} are NaN or infinite; the training "
+                f"diverged or the file is damaged, so use an earlier checkpoint."
+            )
+    return tensors
+
+
+def _read_safetensors(path: Path, check: Callable[[dict[str, Layout]], None]) -> dict[str, Tensor]:
+    with _damage(path), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (this is no dict)
+        check({name: (tuple(each.get_shape()), _dtype(each.get_dtype())) for name, each in slices.items()})
+        # cloned: the file is mapped into memory, and somebody may shorten it later
+        return {name: file.get_tensor(name).clone() for name in slices}
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    return _FLOATS.get(name, name)
+
+
+def _read_bin(path: Path, check: Callable[[dict[str, Layout]], None]) -> dict[str, Tensor]:
+    """A file of `torch.save`, without running anything in it."""
+    size = path.stat().st_size
+    with _damage(path):
+        _check_stored(path, size)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not tensors by name; save the adapter again.")
+    for name, tensor in loaded.items():
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or not tensor.is_cpu:
+            raise CheckpointError(f"{path}: {_short(name)} is not a plain tensor; save the adapter again.")
+    check({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in loaded.items()})
+    if sum(tensor.numel() * tensor.element_size() for tensor in loaded.values()) > size:
+        raise CheckpointError(f"{path}: its tensors claim more data than the {size:,} bytes there are; it is damaged.")
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in loaded.items()}
+
+
+def _check_stored(path: Path, size: int) -> None:
+    """`torch.save` stores its records as they are; compressed ones may unpack to more than memory holds."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(each.compress_type != zipfile.ZIP_STORED for each in entries) or sum(e.file_size for e in entries) > size:
+        raise CheckpointError(f"{path} is compressed, which torch.save never does; save the adapter again.")
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Whatever a parser of foreign bytes throws becomes one CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # the parsers raise a dozen types, from KeyError to UnpicklingError, on damaged bytes
+        if isinstance(error, pickle.UnpicklingError):
+            what = "it holds pickled Python objects, which could run code and are never loaded, or is damaged"
+        else:
+            what = f"it is damaged, cut short or of another format ({reason(error)})"
+        raise CheckpointError(f"{path}: {what}; save the adapter again, as safetensors.") from error
+
+
+def _check_size(path: Path, limit: int) -> None:
+    size = path.stat().st_size
+    if size > limit:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes but its config promises tensors of at most {limit:,}; the two files do not "
+            f"belong together."
+        )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an exception's message, shortened."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return text.strip().splitlines()[0][:120].rstrip(" .:")
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 80 else name[:77] + "...")
+
+
+def _listing(names: Mapping[str, Any]) -> str:
+    shown = ", ".join(_short(name) for name in list(names)[:5])
+    return (shown or "nothing") + (f" and {len(names) - 5} more" if len(names) > 5 else "")
