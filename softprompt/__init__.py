@@ -1,0 +1,57 @@
+"""Soft prompts over frozen Hugging Face models: one frozen model, a few learned vectors per task."""
+
+from softprompt.config import PromptConfig, TaskType
+from softprompt.errors import CheckpointError, ConfigError, DataError, SoftPromptError, UnsupportedError
+from softprompt.initialize import (
+    initialize_from_text,
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+    prompt_embeddings_from_past_key_values,
+)
+from softprompt.methods import (
+    METHODS,
+    PrefixEncoder,
+    PrefixTuningConfig,
+    PromptEmbedding,
+    PromptEncoder,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+    PromptTuningConfig,
+    PromptTuningInit,
+)
+from softprompt.model import PeftModel, SoftPromptModel, get_peft_model
+from softprompt.prompt import KV, Embeddings, SoftPrompt
+
+PeftConfig = PromptConfig
+__version__ = "0.1.0"
+
+__all__ = [
+    "KV",
+    "METHODS",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Embeddings",
+    "PeftConfig",
+    "PeftModel",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
+    "PromptConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "SoftPrompt",
+    "SoftPromptError",
+    "SoftPromptModel",
+    "TaskType",
+    "UnsupportedError",
+    "__version__",
+    "get_peft_model",
+    "initialize_from_text",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
+    "prompt_embeddings_from_past_key_values",
+]

@@ -1,0 +1,137 @@
+"""What a user decides about a prompt, as frozen dataclasses with PEFT's field names.
+
+Fields that the base model decides (`token_dim`, `num_layers`, …) may be left at None: `get_peft_model` fills them from
+one probe of the model. A config is never changed in place; `dataclasses.replace` makes another one.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+from softprompt.errors import ConfigError
+
+E = TypeVar("E", bound=Enum)
+
+
+class TaskType(str, Enum):
+    """The head a prompt is trained for; the names are PEFT's."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+def parse_enum(enum: type[E], value: "E | str", name: str) -> E:
+    """`value` as a member of `enum`; strings of any case are accepted. Raises ConfigError naming the choices."""
+    if isinstance(value, enum):
+        return value
+    for member in enum:
+        if str(value).upper() == str(member.value).upper():
+            return member
+    choices = ", ".join(str(member.value) for member in enum)
+    raise ConfigError(f"{name}={value!r} is not known; choose one of {choices}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """Base of all method configs.
+
+    Sizes: `num_virtual_tokens` = p; `token_dim` = width of one virtual token (the model's hidden size for embedding
+    methods, key-value heads × head size for KV methods); `num_attention_heads` = key-value heads for KV methods.
+    """
+
+    PEFT_TYPE: ClassVar[str] = ""
+
+    task_type: TaskType | str | None = None
+    peft_type: str | None = None
+    num_virtual_tokens: int = field(default=20, metadata={"help": "number of virtual tokens"})
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+    inference_mode: bool = False
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            self._set("task_type", parse_enum(TaskType, self.task_type, "task_type"))
+        given = getattr(self.peft_type, "value", self.peft_type)
+        if given is not None and given != self.PEFT_TYPE:
+            raise ConfigError(f"peft_type={given!r} does not belong to {type(self).__name__}; use {self.PEFT_TYPE!r}.")
+        self._set("peft_type", self.PEFT_TYPE)
+        for name in ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads"):
+            self._check_count(name)
+        if self.num_transformer_submodules not in (None, 1, 2):
+            raise ConfigError(f"num_transformer_submodules={self.num_transformer_submodules!r}: it is 1 or 2.")
+
+    def _set(self, name: str, value: Any) -> None:
+        """Normalise a field during construction (the dataclass is frozen for everyone else)."""
+        object.__setattr__(self, name, value)
+
+    def _check_count(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None and name != "num_virtual_tokens":
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
+
+    def _check_dropout(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ConfigError(f"{name}={value!r} must be a number from 0 up to, not including, 1.")
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Always true here; PEFT's users ask for it."""
+        return True
+
+    @property
+    def total_virtual_tokens(self) -> int:
+        """Rows of the prompt's table: p × `num_transformer_submodules`."""
+        return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; enums become their strings."""
+        return {key: value.value if isinstance(value, Enum) else value for key, value in asdict(self).items()}
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `adapter_config.json` into the folder, whole or not at all."""
+        from softprompt.checkpoint import write_config
+
+        write_config(Path(save_directory), self)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **hub_options: Any) -> "PromptConfig":
+        """Read `adapter_config.json` of any method from a folder or a hub id, checked."""
+        from softprompt.checkpoint import load_config
+
+        config = load_config(path, **hub_options)
+        if not isinstance(config, cls):
+            raise ConfigError(
+                f"{path} holds a {config.PEFT_TYPE} prompt, not {cls.PEFT_TYPE}; read it with PeftConfig."
+            )
+        return config
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from JSON values; an unknown field is a ConfigError."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+        return cls(**values)
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, default=str)}"

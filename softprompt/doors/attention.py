@@ -1,0 +1,251 @@
+"""The attention door: every attention layer sees p extra keys and values in front of its own.
+
+The door is a function registered with transformers' `AttentionInterface` that wraps the backend the user chose. While
+it is open for one call of the model, the layers get the prefix and real tokens stand at positions p, p+1, …; the
+cache and the attention mask know only real tokens. Closed, the model is exactly as it was.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from softprompt.errors import UnsupportedError
+from softprompt.positions import true_positions
+from softprompt.prompt import KV
+
+BACKENDS = ("sdpa", "eager")
+_PREFIX = "softprompt_"
+
+
+@dataclass
+class Recording:
+    """Keys and values as each attention layer used them, in the order the layers ran."""
+
+    modules: list[nn.Module] = field(default_factory=list)
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    windows: list[int | None] = field(default_factory=list)
+
+
+@dataclass
+class Opening:
+    """One use of the door. `positions` are the true positions of the current queries, `[B|1, T]`."""
+
+    prefix: KV | None
+    index: dict[nn.Module, int]
+    recording: Recording | None = None
+    positions: Tensor | None = None
+
+
+_OPENING: ContextVar[Opening | None] = ContextVar("softprompt_opening", default=None)
+
+
+class AttentionDoor:
+    """The door of one base model. `layers` are its attention modules, in order, once `Geometry` has been probed."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.base = base
+        self.index: dict[nn.Module, int] = {}
+        self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        self.position_offset = 0
+        self._configs = _configs(base)
+
+    @contextmanager
+    def open(self, prefix: KV | None, recording: Recording | None = None) -> Iterator[None]:
+        """Inside the block every call of the base model sees `prefix` (`[1, h, p, k]` per layer)."""
+        opening = Opening(prefix, self.index, recording)
+        with ExitStack() as stack:
+            stack.enter_context(self._active(opening))
+            stack.callback(self._checkpointing(opening, direct=recording is not None))
+            shift = prefix.length if prefix is not None else 0
+            if self.takes_positions and recording is None:
+                hook = self.base.register_forward_pre_hook(self._shift_positions(opening, shift), with_kwargs=True)
+                stack.callback(hook.remove)
+            yield
+
+    @contextmanager
+    def _active(self, opening: Opening) -> Iterator[None]:
+        """Route attention through the door: switch the implementation's name, set the opening, undo both."""
+        before = [config._attn_implementation for config in self._configs]
+        token = _OPENING.set(opening)
+        try:
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation_internal = _wrapped(name)
+            yield
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation_internal = name
+            _OPENING.reset(token)
+
+    def _shift_positions(self, opening: Opening, shift: int) -> Callable[..., Any]:
+        """A pre-hook on the base model: positions counted from the mask, moved behind the prefix."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs.get("inputs_embeds")
+            if inputs is None and args:
+                inputs = args[0]
+            given = kwargs.get("position_ids")
+            if given is not None:
+                opening.positions = given + shift
+                return args, {**kwargs, "position_ids": opening.positions}
+            assert inputs is not None
+            counted = true_positions(inputs, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
+            opening.positions = counted + shift
+            return args, {**kwargs, "position_ids": opening.positions + self.position_offset}
+
+        return hook
+
+    def _checkpointing(self, opening: Opening, direct: bool) -> Callable[[], None]:
+        """Make recomputation in the backward pass see this opening, whenever and however checkpointing was enabled.
+
+        The prefix goes along as explicit arguments, so that re-entrant checkpointing gives it gradients as well.
+        With `direct`, layers run without checkpointing (a recording is short and must keep its graph).
+        """
+        changed: list[tuple[nn.Module, Callable[..., Any]]] = []
+        for module in self.base.modules():
+            run = module.__dict__.get("_gradient_checkpointing_func")
+            if run is not None and getattr(module, "gradient_checkpointing", False):
+                changed.append((module, run))
+                module.__dict__["_gradient_checkpointing_func"] = _direct if direct else self._bound(run, opening)
+
+        def undo() -> None:
+            for module, run in changed:
+                module.__dict__["_gradient_checkpointing_func"] = run
+
+        return undo
+
+    def _bound(self, run: Callable[..., Any], opening: Opening) -> Callable[..., Any]:
+        tensors = [part for pair in opening.prefix.layers for part in pair] if opening.prefix else []
+
+        def checkpointed(layer: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            positions = opening.positions
+
+            def replay(*everything: Any) -> Any:
+                given, parts = everything[: len(args)], everything[len(args) :]
+                prefix = KV(tuple(zip(parts[::2], parts[1::2], strict=True))) if parts else None
+                with self._active(Opening(prefix, opening.index, positions=positions)):
+                    return layer(*given)
+
+            return run(replay, *args, *tensors, **options)
+
+        return checkpointed
+
+
+def _direct(layer: Callable[..., Any], *args: Any, **_: Any) -> Any:
+    return layer(*args)
+
+
+def _configs(base: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Every distinct config object that a part of the model reads its attention backend from."""
+    found: dict[int, PreTrainedConfig] = {}
+    for module in base.modules():
+        config = module.__dict__.get("config")
+        if isinstance(config, PreTrainedConfig):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _wrapped(name: str | None) -> str:
+    """The registered name of the door over a backend, registering it on first use."""
+    backend = name or "eager"
+    if backend.startswith(_PREFIX):
+        return backend
+    if backend not in BACKENDS:
+        raise UnsupportedError(
+            f"attention backend {backend!r} cannot take a prefix yet; load the model with "
+            "attn_implementation='sdpa' or 'eager'."
+        )
+    wrapped = _PREFIX + backend
+    if wrapped not in AttentionInterface._global_mapping:
+        AttentionMaskInterface.register(wrapped, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+        AttentionInterface.register(wrapped, _attention_through(backend))
+    return wrapped
+
+
+def _attention_through(backend: str) -> Callable[..., Any]:
+    """The attention function registered for one backend; same arguments and results as transformers' own."""
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        plain = _eager_of(module) if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
+        opening = _OPENING.get()
+        if opening is None:
+            return plain(module, query, key, value, mask, **kwargs)
+        window = kwargs.get("sliding_window")
+        if opening.recording is not None:
+            opening.recording.modules.append(module)
+            opening.recording.layers.append((key, value))
+            opening.recording.windows.append(window)
+        layer = opening.index.get(module)
+        if opening.prefix is None or layer is None:
+            return plain(module, query, key, value, mask, **kwargs)
+        more_key, more_value = opening.prefix.layers[layer]
+        length = more_key.shape[2]
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if mask is None and causal and 1 < query.shape[2] < key.shape[2]:
+            # A static cache's unused tail, which causal backends cut off themselves when there is no mask.
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        mask = _widen(mask, query, key, length, window, causal, opening.positions, additive=backend == "eager")
+        key, value = _in_front(more_key, key), _in_front(more_value, value)
+        output, weights = plain(module, query, key, value, mask, **kwargs)
+        return output, weights if weights is None else weights[..., length:]
+
+    return attend
+
+
+def _eager_of(module: nn.Module) -> Callable[..., Any]:
+    """The model family's own eager attention, which transformers hands over only for the name 'eager'."""
+    for kind in type(module).__mro__:
+        function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise UnsupportedError(f"{type(module).__name__} has no eager attention; load with attn_implementation='sdpa'.")
+
+
+def _in_front(prefix: Tensor, own: Tensor) -> Tensor:
+    """`[1, h, p, k]` before `[B, h, t, k]`, in the latter's type and place."""
+    return torch.cat([prefix.to(own).expand(own.shape[0], -1, -1, -1), own], dim=2)
+
+
+def _widen(
+    mask: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    length: int,
+    window: int | None,
+    causal: bool,
+    positions: Tensor | None,
+    additive: bool,
+) -> Tensor | None:
+    """The mask `[B|1, h|1, q, t]` with `length` columns in front for the prefix; None where none is needed.
+
+    A prefix key at position j is visible to a query at true position i while i − j < window, as any other key is.
+    """
+    rows, columns = query.shape[2], key.shape[2]
+    if mask is None and causal and rows > 1:
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()[None, None]
+        if additive:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    seen: Tensor | None = None
+    if window is not None and positions is not None:
+        distance = positions[:, None, :, None] - torch.arange(length, device=positions.device)
+        seen = distance < window
+    if mask is None:
+        if seen is None:
+            return None
+        mask = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device)
+    if seen is None:
+        seen = torch.ones(1, 1, rows, length, dtype=torch.bool, device=mask.device)
+    if mask.dtype is not torch.bool:
+        seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill_(~seen, torch.finfo(mask.dtype).min)
+    shape = (max(mask.shape[0], seen.shape[0]), mask.shape[1], rows)
+    return torch.cat([seen.expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)

@@ -1,0 +1,20 @@
+"""Fold: on a causal model a prompt in front depends on no row, so its keys and values are computed once.
+
+This is exact: the layers see p virtual tokens at positions 0…p−1, as if they stood before every row.
+"""
+
+import torch
+
+from softprompt.doors.attention import AttentionDoor
+from softprompt.geometry import record
+from softprompt.prompt import KV, Embeddings
+
+
+def fold(door: AttentionDoor, prompt: Embeddings) -> KV:
+    """Run the virtual tokens `[1, p, d]` through the model's body once, with gradient, and keep what they leave."""
+    vectors = prompt.vectors.to(door.base.get_input_embeddings().weight)
+    inputs: dict[str, torch.Tensor] = {"inputs_embeds": vectors}
+    if door.takes_positions:
+        inputs["position_ids"] = torch.arange(prompt.length, device=vectors.device)[None]
+    recording, _ = record(door, **inputs)
+    return KV(tuple(recording.layers))

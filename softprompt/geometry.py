@@ -1,0 +1,82 @@
+"""One probe of a base model: which attention layers it has, what their keys look like, and whether it is causal."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softprompt.doors.attention import AttentionDoor, Recording
+from softprompt.errors import UnsupportedError
+from softprompt.prompt import KV, Geometry, LayerShape, evaluating
+
+
+def record(door: AttentionDoor, prefix: KV | None = None, **inputs: Any) -> tuple[Recording, Tensor]:
+    """Run the model's body (no head) and take down every layer's keys and values; also its last hidden states."""
+    recording = Recording()
+    with door.open(prefix, recording):
+        output = door.base.base_model(**inputs, use_cache=False, return_dict=True)
+    return recording, output.last_hidden_state
+
+
+@torch.no_grad()
+def probe(door: AttentionDoor) -> Geometry:
+    """Find the model's geometry with two forward passes over two tokens, and tell the door its layers.
+
+    Raises UnsupportedError for a model this version has no door for, naming what does work.
+    """
+    base = door.base
+    if base.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{type(base).__name__} is an encoder-decoder, which is not supported yet; decoders and encoders are."
+        )
+    ids = _two_plain_ids(base)
+    with evaluating(base):
+        first, hidden = record(door, input_ids=ids)
+        _, other = record(door, input_ids=ids[:, [0, 0]])
+    if not first.modules:
+        raise UnsupportedError(
+            f"{type(base).__name__} does not attend through transformers' AttentionInterface, so there is no door into "
+            "it yet; families such as gpt2, llama, mistral, qwen, gemma, opt, gpt_neox, bert and roberta do."
+        )
+    door.index = {module: number for number, module in enumerate(first.modules)}
+    door.position_offset = _position_offset(base)
+    config = base.config.get_text_config()
+    return Geometry(
+        layers=tuple(_shape(pair, window) for pair, window in zip(first.layers, first.windows, strict=True)),
+        hidden_size=hidden.shape[-1],
+        query_heads=config.num_attention_heads,
+        causal=torch.equal(hidden[0, 0], other[0, 0]),
+        context=getattr(config, "max_position_embeddings", None),
+        learned_positions=_position_table(base) is not None,
+        position_offset=door.position_offset,
+    )
+
+
+def _shape(pair: tuple[Tensor, Tensor], window: int | None) -> LayerShape:
+    key, value = pair
+    return LayerShape(key.shape[1], key.shape[3], value.shape[3], window)
+
+
+def _two_plain_ids(base: PreTrainedModel) -> Tensor:
+    """Two different token ids `[1, 2]`, neither of them padding (which some models' positions skip)."""
+    special = {base.config.get_text_config().pad_token_id}
+    plain = [token for token in range(4) if token not in special][:2]
+    return torch.tensor([plain], device=base.get_input_embeddings().weight.device)
+
+
+def _position_table(base: PreTrainedModel) -> nn.Embedding | None:
+    """The table of learned absolute positions, if the model has one."""
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    words = base.get_input_embeddings()
+    for name, module in base.base_model.named_modules():
+        named = "position" in name or name.endswith("wpe")
+        if isinstance(module, nn.Embedding) and module is not words and named and limit is not None:
+            return module
+    return None
+
+
+def _position_offset(base: PreTrainedModel) -> int:
+    """What must be added to a position given to the model: RoBERTa-like models count from `padding_idx + 1`."""
+    table = _position_table(base)
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1

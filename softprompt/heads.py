@@ -1,0 +1,117 @@
+"""Task heads that are trained and saved along with a prompt (`modules_to_save`): one copy per adapter.
+
+The active adapter's copies stand in the base model in place of its own modules; without an adapter the base model has
+its own back. Nothing is wrapped, so the base model's module names never change.
+"""
+
+import copy
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softprompt.config import PromptConfig, TaskType
+from softprompt.errors import CheckpointError, ConfigError
+
+_HEADS_OF_TASK = {
+    TaskType.SEQ_CLS: ["classifier", "score"],
+    TaskType.TOKEN_CLS: ["classifier", "score"],
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
+
+
+class Heads(nn.Module):
+    """The copies of all adapters, by adapter and by the module's path in the base model ('/' for '.')."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        super().__init__()
+        self.copies = nn.ModuleDict()
+        self.__dict__["base"] = base
+        self.__dict__["originals"] = {}
+
+    def add(self, adapter: str, config: PromptConfig) -> None:
+        """Copy the modules this adapter trains. ConfigError if `modules_to_save` names something that is not there."""
+        base: PreTrainedModel = self.__dict__["base"]
+        found = nn.ModuleDict()
+        for path in self.paths(config):
+            original = self.__dict__["originals"].setdefault(path, base.get_submodule(path))
+            found[path.replace(".", "/")] = copy.deepcopy(original)
+        self.copies[adapter] = found
+
+    def paths(self, config: PromptConfig) -> list[str]:
+        """The paths in the base model of the modules that a config asks to save."""
+        base: PreTrainedModel = self.__dict__["base"]
+        all_paths = [path for path, _ in base.named_modules() if path]
+        paths: list[str] = []
+        for wanted in config.modules_to_save or []:
+            matching = [path for path in all_paths if path == wanted or path.endswith(f".{wanted}")]
+            if not matching and wanted not in default_heads(config):
+                raise ConfigError(f"modules_to_save names {wanted!r}, but {type(base).__name__} has no such module.")
+            paths += [path for path in matching if path not in paths]
+        return paths
+
+    def use(self, adapter: str | None) -> None:
+        """Put this adapter's copies into the base model; None puts the base model's own modules back."""
+        base: PreTrainedModel = self.__dict__["base"]
+        chosen = self._of(adapter) if adapter is not None else {}
+        for path, original in self.__dict__["originals"].items():
+            parent, _, name = path.rpartition(".")
+            setattr(base.get_submodule(parent), name, chosen.get(path, original))
+
+    def requires_grad(self, adapter: str, trains: bool) -> None:
+        self.copies[adapter].requires_grad_(trains)
+
+    def remove(self, adapter: str) -> None:
+        del self.copies[adapter]
+
+    def state(self, adapter: str) -> dict[str, Tensor]:
+        """The copies' tensors by their checkpoint names, `base_model.<path>.<name>`, on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._tensors(adapter).items()}
+
+    def check(self, config: PromptConfig, saved: dict[str, Tensor]) -> None:
+        """CheckpointError unless `saved` holds exactly the head tensors this base model needs, in their shapes."""
+        base: PreTrainedModel = self.__dict__["base"]
+        needed = {
+            f"base_model.{path}.{name}": tensor
+            for path in self.paths(config)
+            for name, tensor in base.get_submodule(path).state_dict().items()
+        }
+        given = {name: tensor for name, tensor in saved.items() if name.startswith("base_model.")}
+        for name in sorted(needed.keys() ^ given.keys()):
+            where = "is missing from the saved prompt" if name in needed else "is saved, but not part of this model"
+            raise CheckpointError(
+                f"head tensor {name!r} {where} ({type(base).__name__}); load the model it belongs to."
+            )
+        for name, tensor in needed.items():
+            if tensor.shape != given[name].shape:
+                raise CheckpointError(
+                    f"head tensor {name!r} is {tuple(given[name].shape)} in the saved prompt and {tuple(tensor.shape)} in "
+                    "this model; load it with the same number of labels and the same width."
+                )
+
+    def load(self, adapter: str, saved: dict[str, Tensor]) -> None:
+        """Copy saved head tensors into the adapter's copies; `check` has passed before."""
+        for name, tensor in self._tensors(adapter).items():
+            tensor.detach().copy_(saved[name])
+
+    def _of(self, adapter: str) -> dict[str, nn.Module]:
+        found = self.copies[adapter]
+        assert isinstance(found, nn.ModuleDict)
+        return {key.replace("/", "."): module for key, module in found.items()}
+
+    def _tensors(self, adapter: str) -> dict[str, Tensor]:
+        return {
+            f"base_model.{path}.{name}": tensor
+            for path, module in self._of(adapter).items()
+            for name, tensor in module.state_dict(keep_vars=True).items()
+        }
+
+
+def default_heads(config: PromptConfig) -> list[str]:
+    """The head names that a task type brings along (a model has one of them)."""
+    return _HEADS_OF_TASK.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
+
+
+def with_default_heads(config: PromptConfig) -> list[str] | None:
+    """`modules_to_save` with the task's heads added, as PEFT writes it."""
+    wanted = [*(config.modules_to_save or []), *default_heads(config)]
+    return list(dict.fromkeys(wanted)) or None

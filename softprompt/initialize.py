@@ -1,0 +1,146 @@
+"""Starting a prompt from something: a text, a chat, a cache.
+
+A KV prefix taken from a text makes the model behave, before any training, as if that text stood in its context.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt.errors import ConfigError
+from softprompt.geometry import record
+from softprompt.model import SoftPromptModel
+from softprompt.prompt import KV, EmbeddingPrompt, KVPrompt, evaluating
+
+
+def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
+    """A cache of one sequence as a flat prefix `[num_virtual_tokens, L·2·h·k]`, its first tokens.
+
+    Takes a `Cache`, or a list of `(key, value)` pairs `[1, h, t, k]`. Raises ConfigError (a ValueError) for an empty
+    cache, one of several rows, one that is too short, or layers of different shapes.
+    """
+    kv = _cache_to_kv(past_key_values)
+    if kv.length < num_virtual_tokens:
+        raise ConfigError(f"Need at least {num_virtual_tokens} cached tokens, got {kv.length}; give a longer text.")
+    return kv.truncate(num_virtual_tokens).flat()
+
+
+def _cache_to_kv(cache: Any) -> KV:
+    layers = getattr(cache, "layers", None)
+    if layers is not None:
+        pairs = [(layer.keys, layer.values) for layer in layers]
+    elif isinstance(cache, list | tuple):
+        pairs = [(layer[0], layer[1]) for layer in cache]
+    else:
+        raise ConfigError(
+            f"past_key_values is a {type(cache).__name__}; give a transformers Cache or (key, value) pairs."
+        )
+    if not pairs or any(not isinstance(part, Tensor) or part.numel() == 0 for pair in pairs for part in pair):
+        raise ConfigError("Empty `past_key_values`; run the model with use_cache=True first.")
+    for key, value in pairs:
+        if key.ndim != 4 or key.shape[0] != 1 or value.shape[0] != 1:
+            raise ConfigError(
+                f"past_key_values of shape {tuple(key.shape)}: one sequence, [1, heads, tokens, size], is needed."
+            )
+        if key.shape != pairs[0][0].shape or value.shape != pairs[0][1].shape:
+            raise ConfigError(f"layers of different shapes, {tuple(key.shape)} and {tuple(pairs[0][0].shape)}.")
+    return KV(tuple(pairs))
+
+
+@torch.no_grad()
+def initialize_kv_prefix_from_past_key_values(
+    model: SoftPromptModel,
+    *,
+    adapter_name: str | None = None,
+    past_key_values: Any,
+    num_virtual_tokens: int | None = None,
+) -> Tensor:
+    """Start a KV prefix from a cache; with `prefix_projection` its FFN is fitted to the cache.
+
+    Returns the flat prefix `[num_virtual_tokens, L·2·h·k]` that was loaded.
+    """
+    encoder = _kv_encoder(model, adapter_name)
+    count = num_virtual_tokens or encoder.config.num_virtual_tokens
+    flat = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=count)
+    encoder.start_from(flat.float())
+    return flat
+
+
+@torch.no_grad()
+def initialize_kv_prefix_from_text(
+    model: SoftPromptModel,
+    tokenizer: Any,
+    *,
+    text: str,
+    adapter_name: str | None = None,
+    num_virtual_tokens: int | None = None,
+    use_chat_template: bool = True,
+    max_length: int | None = None,
+) -> Tensor:
+    """Start a KV prefix from the first tokens of a text, as the base model's own keys and values.
+
+    With `use_chat_template` the text is a system message, where the tokenizer has a template. With
+    `prefix_projection` the FFN is fitted. Raises ConfigError (a ValueError) if the text has too few tokens.
+    """
+    encoder = _kv_encoder(model, adapter_name)
+    count = num_virtual_tokens or encoder.config.num_virtual_tokens
+    ids = _text_ids(tokenizer, text, use_chat_template)[:max_length]
+    flat = _kv_of_ids(model, ids, count).flat()
+    encoder.start_from(flat.float())
+    return flat
+
+
+@torch.no_grad()
+def initialize_from_text(model: SoftPromptModel, tokenizer: Any, text: str, adapter_name: str | None = None) -> None:
+    """Start any prompt from the first tokens of a text: keys and values, or word embeddings, whichever it is made of.
+
+    An encoder (FFN, MLP, LSTM) is fitted so that it puts out just that. ConfigError if the text has too few tokens.
+    """
+    encoder = model.encoder(adapter_name)
+    ids = _text_ids(tokenizer, text, use_chat_template=False)
+    if isinstance(encoder, KVPrompt):
+        encoder.start_from(_kv_of_ids(model, ids, encoder.config.num_virtual_tokens).flat().float())
+        return
+    assert isinstance(encoder, EmbeddingPrompt)
+    count = encoder.embedding.num_embeddings
+    _check_enough(ids, count)
+    words = model.base_model.get_input_embeddings()
+    encoder.start_from(words(torch.tensor(ids[:count], device=words.weight.device)).float())
+
+
+def _kv_encoder(model: SoftPromptModel, adapter_name: str | None) -> KVPrompt:
+    encoder = model.encoder(adapter_name)
+    if not isinstance(encoder, KVPrompt):
+        raise ConfigError(
+            f"Adapter {adapter_name or model.active_adapter!r} is {encoder.name}, whose prompt is not keys and values; "
+            "use initialize_from_text."
+        )
+    return encoder
+
+
+def _text_ids(tokenizer: Any, text: str, use_chat_template: bool) -> list[int]:
+    if use_chat_template and getattr(tokenizer, "chat_template", None):
+        message = [{"role": "system", "content": text}]
+        encoded = tokenizer.apply_chat_template(message, tokenize=True, add_generation_prompt=False, return_dict=True)
+        return list(encoded["input_ids"])
+    return list(tokenizer(text)["input_ids"])
+
+
+def _check_enough(ids: list[int], count: int) -> None:
+    if len(ids) < count:
+        raise ConfigError(
+            f"the text has {len(ids)} tokens, but num_virtual_tokens={count} are needed; give a longer text or use fewer "
+            "virtual tokens."
+        )
+
+
+def _kv_of_ids(model: SoftPromptModel, ids: list[int], count: int) -> KV:
+    """The base model's keys and values of the first `count` tokens."""
+    _check_enough(ids, count)
+    inputs: dict[str, Tensor] = {"input_ids": torch.tensor([ids[:count]], device=model.base_model.device)}
+    if model.door.takes_positions:
+        inputs["position_ids"] = torch.arange(count, device=model.base_model.device)[None] + model.door.position_offset
+    with evaluating(model.base_model):
+        recording, _ = record(model.door, **inputs)
+    return KV(tuple(recording.layers)).detach()

@@ -1,0 +1,18 @@
+"""One file per method. Importing this package registers them; `METHODS` is the registry by name."""
+
+from softprompt.methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
+from softprompt.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
+from softprompt.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
+from softprompt.prompt import METHODS
+
+__all__ = [
+    "METHODS",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+]

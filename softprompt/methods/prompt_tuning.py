@@ -1,0 +1,128 @@
+"""Prompt tuning: The Power of Scale for Parameter-Efficient Prompt Tuning, https://arxiv.org/abs/2104.08691
+
+The prompt is a free table P ∈ R^{p×d} in front of the embedded input: [P; E(x)] (section 2). It starts from a
+uniform draw on ±0.5, from vocabulary embeddings, from a text, or from the class labels (section 2.1).
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.config import PromptConfig, parse_enum
+from softprompt.errors import ConfigError
+from softprompt.prompt import EmbeddingPrompt, need_count
+
+
+class PromptTuningInit(str, Enum):
+    """Where the virtual tokens start.
+
+    `RANDOM` is the paper's uniform draw on ±0.5 (PEFT draws from N(0, 1), some fifty times wider than embeddings are).
+    """
+
+    RANDOM = "RANDOM"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    TEXT = "TEXT"
+    CLASS_LABELS = "CLASS_LABELS"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuningConfig(PromptConfig):
+    """Prompt tuning's choices.
+
+    `TEXT` and `CLASS_LABELS` tokenise with `tokenizer_name_or_path`; text is cut or repeated to p tokens.
+    """
+
+    PEFT_TYPE = "PROMPT_TUNING"
+
+    prompt_tuning_init: PromptTuningInit | str = field(
+        default=PromptTuningInit.RANDOM, metadata={"help": "start from RANDOM, SAMPLE_VOCAB, TEXT or CLASS_LABELS"}
+    )
+    prompt_tuning_init_text: str | None = field(default=None, metadata={"help": "the text to start from"})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "tokenizer for the text or the labels"})
+    tokenizer_kwargs: dict[str, Any] | None = None
+    class_labels: list[str] | None = field(default=None, metadata={"help": "label words to start from"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        init = parse_enum(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
+        self._set("prompt_tuning_init", init)
+        if "trust_remote_code" in (self.tokenizer_kwargs or {}):
+            raise ConfigError("tokenizer_kwargs may not hold 'trust_remote_code': a prompt never runs code; remove it.")
+        needs = {PromptTuningInit.TEXT: "prompt_tuning_init_text", PromptTuningInit.CLASS_LABELS: "class_labels"}
+        if init in needs:
+            for name in (needs[init], "tokenizer_name_or_path"):
+                if not getattr(self, name):
+                    raise ConfigError(f"prompt_tuning_init={init.value!r} needs {name}, which is not set.")
+        elif self.tokenizer_kwargs:
+            raise ConfigError("tokenizer_kwargs is only used with prompt_tuning_init='TEXT' or 'CLASS_LABELS'.")
+
+
+@final
+class PromptEmbedding(EmbeddingPrompt):
+    """The table of virtual tokens: indices `[B, n]` → vectors `[B, n, d]`, n = `total_virtual_tokens`.
+
+    `word_embeddings` is the base model's input embedding, needed for every start but RANDOM.
+    """
+
+    name = "prompt_tuning"
+    config_class = PromptTuningConfig
+
+    def __init__(self, config: PromptTuningConfig, word_embeddings: nn.Module | None = None) -> None:
+        super().__init__()
+        need_count(config, "token_dim")
+        self.config = config
+        self.embedding = nn.Embedding(config.total_virtual_tokens, config.token_dim)  # pyright: ignore[reportArgumentType]
+        if config.inference_mode:
+            return
+        with torch.no_grad():
+            if config.prompt_tuning_init is PromptTuningInit.RANDOM:
+                self.embedding.weight.uniform_(-0.5, 0.5)
+            elif word_embeddings is None:
+                raise ConfigError(
+                    f"prompt_tuning_init={config.prompt_tuning_init!r} needs the model's word embeddings."
+                )
+            else:
+                self.embedding.weight.copy_(initial_rows(config, word_embeddings))
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.embedding(indices)
+
+    def output_layer(self) -> None:
+        return None
+
+
+def initial_rows(config: PromptTuningConfig, word_embeddings: nn.Module) -> Tensor:
+    """The table's start, `[n, d]` in float32, for every init that reads the vocabulary."""
+    count, weight = config.total_virtual_tokens, next(word_embeddings.parameters())
+
+    def embed(ids: list[int] | Tensor) -> Tensor:
+        return word_embeddings(torch.as_tensor(ids, device=weight.device)).float()
+
+    sampled = embed(torch.randint(weight.shape[0], (count,)))
+    if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
+        return sampled
+    tokenizer = _tokenizer(config)
+    if config.prompt_tuning_init is PromptTuningInit.TEXT:
+        ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+        return embed((ids * math.ceil(count / len(ids)))[:count])
+    labels = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in config.class_labels or []]
+    if len(labels) > count:
+        raise ConfigError(f"{len(labels)} class_labels do not fit into num_virtual_tokens={count}; use more tokens.")
+    means = torch.stack([embed(ids).mean(0) for ids in labels])
+    return torch.cat([means, sampled[len(labels) :]])
+
+
+def _tokenizer(config: PromptTuningConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer at tokenizer_name_or_path={config.tokenizer_name_or_path!r}.") from error

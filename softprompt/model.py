@@ -1,0 +1,395 @@
+"""`SoftPromptModel`: a frozen base model and its prompts. The names and signatures are PEFT's."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import PushToHubMixin
+
+from softprompt import checkpoint
+from softprompt.config import PromptConfig
+from softprompt.doors.attention import AttentionDoor
+from softprompt.doors.embedding import arrange, put_in_front
+from softprompt.errors import ConfigError, UnsupportedError
+from softprompt.fold import fold
+from softprompt.geometry import probe
+from softprompt.heads import Heads, with_default_heads
+from softprompt.prompt import KV, METHODS, EmbeddingPrompt, Embeddings, SoftPrompt
+from softprompt.prompt import evaluating as _evaluating
+
+
+def get_peft_model(
+    model: PreTrainedModel, peft_config: PromptConfig, adapter_name: str = "default"
+) -> "SoftPromptModel":
+    """Freeze `model` and put a prompt before it. The base model object is kept, not copied."""
+    return SoftPromptModel(model, peft_config, adapter_name)
+
+
+class SoftPromptModel(PushToHubMixin, nn.Module):
+    """A frozen base model with one or more named prompts, one of them active.
+
+    Outputs cover real tokens only (logits `[B, T, V]`); real tokens stand at positions p, p+1, … counted from the
+    attention mask, so padding on either side changes nothing.
+    """
+
+    def __init__(self, model: PreTrainedModel, peft_config: PromptConfig, adapter_name: str = "default") -> None:
+        super().__init__()
+        if not isinstance(model, PreTrainedModel):
+            raise UnsupportedError(
+                f"the base model is a {type(model).__name__}; it must be a transformers PreTrainedModel."
+            )
+        door = AttentionDoor(model)
+        geometry = probe(door)
+        model.requires_grad_(False)
+        self.base_model = model
+        self.__dict__["door"] = door  # not a submodule, and it refers to the base model
+        self.geometry = geometry
+        self.peft_config: dict[str, PromptConfig] = {}
+        self.prompt_encoder = nn.ModuleDict()
+        self.heads = Heads(model)
+        self.active_adapter = adapter_name
+        self._enabled = True
+        self.add_adapter(adapter_name, peft_config)
+        self.set_adapter(adapter_name)
+
+    # ---- adapters ------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, adapter_name: str, peft_config: PromptConfig) -> None:
+        """Make a new prompt under a name; it does not become active."""
+        config = self._fill(peft_config)
+        checkpoint.check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise ConfigError(f"an adapter named {adapter_name!r} is there already; delete it or choose another name.")
+        self._install(adapter_name, config, self._build(config))
+        self._set_trainable(self.active_adapter)
+
+    def _fill(self, config: PromptConfig) -> PromptConfig:
+        method = _method_of(config)
+        context = self.geometry.context
+        if context is not None and config.num_virtual_tokens >= context:
+            raise ConfigError(
+                f"num_virtual_tokens={config.num_virtual_tokens} leaves no room in this model's context of {context} "
+                "tokens; use fewer virtual tokens."
+            )
+        if config.num_transformer_submodules == 2:
+            raise UnsupportedError("num_transformer_submodules=2 is for encoder-decoders, which are not supported yet.")
+        name = config.base_model_name_or_path or self.base_model.name_or_path or None
+        filled = method.fill(config, self.geometry)
+        return replace(filled, base_model_name_or_path=name, modules_to_save=with_default_heads(config))
+
+    def _build(self, config: PromptConfig) -> SoftPrompt:
+        words = self.base_model.get_input_embeddings()
+        return _method_of(config)(config, words).to(device=words.weight.device, dtype=torch.float32)
+
+    def _install(self, name: str, config: PromptConfig, encoder: SoftPrompt) -> None:
+        self.heads.add(name, config)  # the only step that can fail comes first
+        self.prompt_encoder[name] = encoder
+        self.peft_config[name] = config
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Use this prompt from now on. Only its parameters train; with `inference_mode` none does."""
+        self._check_known(adapter_name)
+        self.active_adapter = adapter_name
+        self.heads.use(adapter_name if self._enabled else None)
+        self._set_trainable(None if inference_mode else adapter_name)
+
+    def _set_trainable(self, active: str | None) -> None:
+        for name, config in self.peft_config.items():
+            trains = name == active and not config.inference_mode
+            self.prompt_encoder[name].requires_grad_(trains)
+            self.heads.requires_grad(name, trains)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget a prompt. The last one stays; when the active one goes, the first of the others becomes active."""
+        self._check_known(adapter_name)
+        if len(self.peft_config) == 1:
+            raise ConfigError(f"{adapter_name!r} is the only adapter; use get_base_model() for the model without any.")
+        if adapter_name == self.active_adapter:
+            self.set_adapter(next(name for name in self.peft_config if name != adapter_name))
+        del self.prompt_encoder[adapter_name], self.peft_config[adapter_name]
+        self.heads.remove(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside the block the model is the plain base model, its own head included."""
+        before = self._enabled
+        self._enabled = False
+        self.heads.use(None)
+        try:
+            yield
+        finally:
+            self._enabled = before
+            self.heads.use(self.active_adapter if before else None)
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.peft_config:
+            raise ConfigError(f"there is no adapter named {name!r}; there are {', '.join(self.peft_config)}.")
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [self.active_adapter]
+
+    @property
+    def active_peft_config(self) -> PromptConfig:
+        return self.peft_config[self.active_adapter]
+
+    def get_base_model(self) -> PreTrainedModel:
+        return self.base_model
+
+    # ---- the prompt ----------------------------------------------------------------------------------------------
+
+    def encoder(self, adapter_name: str | None = None) -> SoftPrompt:
+        """The method object of an adapter (default: the active one)."""
+        name = adapter_name or self.active_adapter
+        self._check_known(name)
+        encoder = self.prompt_encoder[name]
+        assert isinstance(encoder, SoftPrompt)
+        return encoder
+
+    def prompt_vectors(self, adapter_name: str | None = None) -> Tensor | None:
+        """The virtual tokens in input space, detached, `[n, d]`; None for methods whose prompt is keys and values."""
+        encoder = self.encoder(adapter_name)
+        return encoder.saved_vectors() if isinstance(encoder, EmbeddingPrompt) else None
+
+    @torch.no_grad()
+    def fold(self, adapter_name: str | None = None) -> KV:
+        """The adapter's prompt as keys and values per layer, `[1, h, p, k]` each, without gradient.
+
+        Raises UnsupportedError on models that are not causal, where a prompt depends on the row behind it.
+        """
+        encoder = self.encoder(adapter_name)
+        with _evaluating(encoder), _evaluating(self.base_model):
+            return self._as_kv(encoder.prompt()).detach()
+
+    def _as_kv(self, prompt: Embeddings | KV) -> KV:
+        if isinstance(prompt, KV):
+            return prompt
+        if not self.geometry.causal:
+            raise UnsupportedError(
+                f"{type(self.base_model).__name__} is not causal, so an embedding prompt cannot be folded into keys and "
+                "values; train prefix_tuning instead."
+            )
+        return fold(self.door, prompt)
+
+    # ---- running -------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the base model's `forward`; `position_ids` and `past_key_values` count real tokens only.
+
+        The loss of a language model also counts a row's first real token (predicted by the last virtual token) where
+        its label is not −100.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
+                 "labels": labels, "position_ids": position_ids, "past_key_values": past_key_values}  # fmt: skip
+        inputs = {name: value for name, value in given.items() if value is not None} | kwargs
+        if not self._enabled:
+            return self.base_model(**inputs)
+        if inputs.pop("return_dict", None) is False:
+            return self.forward(**inputs).to_tuple()
+        prompt = self.encoder().prompt()
+        self._check_room(prompt.length, inputs)
+        if self.geometry.causal and not _labels_tokens(inputs):
+            with self.door.open(self._as_kv(prompt)):
+                return self.base_model(**inputs)
+        return self._forward_rows(prompt, inputs)
+
+    def _forward_rows(self, prompt: Embeddings | KV, inputs: dict[str, Any]) -> Any:
+        """Where a row's own columns matter: on encoders (heads read column 0), and where every token has a label."""
+        inputs, placement = arrange(inputs)
+        kv, vectors = self._divide(prompt, inputs)
+        if vectors is not None:
+            embedded = inputs.get("inputs_embeds")
+            if embedded is None:
+                embedded = self.base_model.get_input_embeddings()(inputs["input_ids"])
+            inputs, placement = put_in_front(inputs, placement, vectors, embedded)
+            if self.geometry.causal:
+                _without_cache(inputs)
+        with self.door.open(kv):
+            return placement.restore(self.base_model(**inputs, return_dict=True))
+
+    def _divide(self, prompt: Embeddings | KV, inputs: dict[str, Any]) -> tuple[KV | None, Tensor | None]:
+        """What of a prompt goes through the attention door, and what stands in the rows, `[1, n, d]`.
+
+        On a causal model all but the last virtual token are folded: they see no row. The last one stays with each
+        row, because its output there predicts the row's first token.
+        """
+        if isinstance(prompt, KV):
+            return prompt, None
+        if not self.geometry.causal:
+            return None, prompt.vectors
+        if _packed(inputs):
+            return fold(self.door, prompt), None
+        before = Embeddings(prompt.vectors[:, :-1])
+        return fold(self.door, before) if before.length else None, prompt.vectors[:, -1:]
+
+    def _check_room(self, length: int, inputs: dict[str, Any]) -> None:
+        """Learned positions end: say so before the table is read beyond its end."""
+        context = self.geometry.context
+        if context is None or not self.geometry.learned_positions:
+            return
+        ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        mask = inputs.get("attention_mask")
+        tokens = mask.shape[-1] if isinstance(mask, Tensor) else ids.shape[1] if ids is not None else 0
+        if length + tokens > context:
+            raise ConfigError(
+                f"{length} virtual and {tokens} real tokens do not fit into this model's {context} learned positions; "
+                "shorten the input or the prompt."
+            )
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's `generate`, with the active prompt in front; caches hold real tokens only."""
+        if not self._enabled:
+            return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        with _evaluating(self.encoder()):
+            kv = self._as_kv(self.encoder().prompt())
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
+        if isinstance(ids, Tensor):
+            self._check_room(kv.length, {"input_ids": ids})
+        with self.door.open(kv):
+            return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    # ---- saving and loading --------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        selected_adapters: Sequence[str] | None = None,
+        keep_encoder: bool = False,
+        is_main_process: bool = True,
+        **unused: Any,
+    ) -> None:
+        """Write adapters in PEFT's format: `default` into the folder itself, any other into a sub-folder of its name.
+
+        The encoder is dropped, as the papers do; `keep_encoder` writes it to a file of its own that PEFT ignores, so
+        that training can go on with `from_pretrained(…, is_trainable=True)`.
+        """
+        known = {"safe_serialization", "save_embedding_layers", "state_dict", "push_to_hub", "token", "repo_id"}
+        for name in sorted(set(unused) - known):
+            raise ConfigError(f"save_pretrained has no option {name!r}.")
+        if unused.get("safe_serialization") is False:
+            raise ConfigError("safe_serialization=False would write a pickle; adapters are saved as safetensors only.")
+        for name in selected_adapters or list(self.peft_config):
+            self._check_known(name)
+            folder = Path(save_directory) / ("" if name == "default" else name)
+            encoder = self.encoder(name)
+            tensors = {"prompt_embeddings": encoder.saved_vectors().cpu(), **self.heads.state(name)}
+            kept = {key: value.detach().cpu() for key, value in encoder.state_dict().items()} if keep_encoder else None
+            if is_main_process:
+                config = replace(self.peft_config[name], inference_mode=True, auto_mapping=self._auto_mapping(name))
+                checkpoint.save_adapter(folder, config, tensors, kept)
+
+    def _auto_mapping(self, name: str) -> dict[str, str] | None:
+        if self.peft_config[name].task_type is not None:
+            return None
+        kind = type(self.base_model)
+        return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **hub_options: Any,
+    ) -> "SoftPromptModel":
+        """Put a saved prompt (ours or PEFT's) before `model`. Nothing is changed unless everything fits."""
+        checkpoint.check_adapter_name(adapter_name)
+        saved = checkpoint.load_adapter(model_id, **hub_options)
+        checkpoint.check_fits(saved, probe(AttentionDoor(model)))
+        Heads(model).check(saved.config, saved.tensors)
+        loaded = cls(model, saved.config, adapter_name)
+        loaded._load(adapter_name, saved, is_trainable)
+        return loaded if is_trainable else loaded.eval()
+
+    def load_adapter(
+        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **hub_options: Any
+    ) -> None:
+        """Load one more saved prompt under a name of its own; it does not become active."""
+        saved = checkpoint.load_adapter(model_id, **hub_options)
+        checkpoint.check_fits(saved, self.geometry)
+        self.heads.check(saved.config, saved.tensors)
+        self.add_adapter(adapter_name, saved.config)
+        self._load(adapter_name, saved, is_trainable)
+
+    def _load(self, name: str, saved: "checkpoint.SavedAdapter", is_trainable: bool) -> None:
+        config = replace(self.peft_config[name], inference_mode=not is_trainable)
+        if is_trainable and saved.encoder is not None:
+            self.prompt_encoder[name] = self._build(config)
+            self.prompt_encoder[name].load_state_dict(saved.encoder)
+        else:
+            self.encoder(name).start_from(saved.tensors["prompt_embeddings"])
+        self.heads.load(name, saved.tensors)
+        self.peft_config[name] = config
+        self._set_trainable(self.active_adapter)
+
+    # ---- what users of PEFT and transformers call ----------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def __getattr__(self, name: str) -> Any:
+        """Anything else is the base model's: `config`, `device`, `dtype`, `generation_config`, …"""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_model", "door"):
+                raise
+            return getattr(self.base_model, name)
+
+
+PeftModel = SoftPromptModel
+
+
+def _method_of(config: PromptConfig) -> type[SoftPrompt]:
+    for method in METHODS.values():
+        if type(config) is method.config_class:
+            return method
+    known = ", ".join(method.config_class.__name__ for method in METHODS.values())
+    raise ConfigError(f"{type(config).__name__} belongs to no method here; use one of {known}.")
+
+
+def _packed(inputs: dict[str, Any]) -> bool:
+    """Whether a row holds several sequences (positions that start again, and no mask)."""
+    positions = inputs.get("position_ids")
+    if positions is None or inputs.get("attention_mask") is not None:
+        return False
+    return bool((positions[..., 1:] <= positions[..., :-1]).any())
+
+
+def _labels_tokens(inputs: dict[str, Any]) -> bool:
+    """Whether every token of a row that is given from its beginning has a label."""
+    labels, cache = inputs.get("labels"), inputs.get("past_key_values")
+    ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    if labels is None or labels.is_floating_point() or ids is None or labels.shape != ids.shape[:2]:
+        return False
+    return cache is None or cache.get_seq_length() == 0
+
+
+def _without_cache(inputs: dict[str, Any]) -> None:
+    """A cache would hold the virtual token that stands in the row as if it were a real one."""
+    if inputs.get("past_key_values") is not None:
+        raise ConfigError("labels and past_key_values together: the loss needs the whole row, so pass no cache.")
+    inputs["use_cache"] = False
