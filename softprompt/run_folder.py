@@ -31,29 +31,32 @@ STATE_VERSION = 1
 
 
 class RunFolder:
-    """One run's folder. Made by ``create`` (a new run) or ``reopen`` (one to go on with or to read)."""
+    """One run's folder. From ``check_free`` (a new run) or ``reopen`` (one to go on with or to read)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
-    def create(cls, path: str | Path) -> RunFolder:
-        """A new or empty folder; one that holds anything is refused, because it may be somebody's work."""
+    def check_free(cls, path: str | Path) -> RunFolder:
+        """A new or empty folder, not made yet; one that holds anything is refused: it may be somebody's work."""
         folder = Path(path)
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"the run folder {folder} is a file; choose another `out`")
         if folder.is_dir() and any(folder.iterdir()):
-            remedy = "go on with the run in it by --resume, or choose another `out`"
-            if not (folder / RECIPE).exists():
-                remedy = "choose another `out`"
-            raise ConfigError(f"the run folder {folder} is not empty; {remedy}")
-        try:
-            (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"the run folder {folder} cannot be made: {error.strerror}; choose another `out`"
-            ) from None
+            begun = (folder / RECIPE).exists()
+            remedy = "go on with the run in it by --resume, or choose" if begun else "choose"
+            raise ConfigError(f"the run folder {folder} is not empty; {remedy} another `out`")
+        nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise ConfigError(f"the run folder {folder} is not writable (at {nearest}); choose another `out`")
         return cls(folder)
+
+    def make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror
+            raise ConfigError(f"the run folder {self.path} cannot be made: {reason}; choose another `out`") from None
 
     @classmethod
     def reopen(cls, path: str | Path) -> RunFolder:
@@ -121,11 +124,14 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
             raise _unwritable(target, error) from None
 
-    def load_state(self) -> dict[str, Any]:
-        """The saved state, tensors on the CPU; only tensors and plain values are read, never code."""
+    def load_state(self) -> dict[str, Any] | None:
+        """The saved state, tensors on the CPU, or None if the run never got to save one.
+
+        Only tensors and plain values are read, never code.
+        """
         path = self.path / STATE
         if not path.is_file():
-            raise ConfigError(f"{self.path} holds no resumable state ({STATE}); start a new run in another `out`")
+            return None
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:

@@ -1,0 +1,102 @@
+"""The frozen model and its tokenizer, from a folder, a hub name, or the package itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from softprompt.errors import ConfigError
+from softprompt.recipe import EMBEDDED
+
+
+def resolve_model(name: str) -> str:
+    """``name`` as transformers takes it: the embedded model's folder for ``"embedded"``, anything else unchanged."""
+    if name != EMBEDDED:
+        return name
+    from softprompt.embedded import PATH
+
+    return str(PATH)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, with a pad token (the end token where it has none of its own)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as error:
+        raise _cannot_load("tokenizer", name, error) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"the tokenizer of {name} has neither a pad token nor an end token; set one in its files")
+    return tokenizer
+
+
+def load_base(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    label_names: list[str] | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+) -> PreTrainedModel:
+    """The base model in eval mode; with ``label_names`` one that classifies, its head new and seeded by the caller."""
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    auto: Any = AutoModelForCausalLM
+    if label_names is not None:
+        auto = AutoModelForSequenceClassification
+        options["id2label"] = dict(enumerate(label_names))
+        options["label2id"] = {label: number for number, label in enumerate(label_names)}
+    path = resolve_model(name)
+    try:
+        with _without_bars():
+            model = auto.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("model", name, error) from None
+    if model.config.pad_token_id is None:  # a classifying decoder finds its last real token by this
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(pick_device(device)).eval()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bar of transformers' own: a small model loads before one can be read."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is a GPU when there is one; a device that is not there is a ``ConfigError``."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"device {name!r} cannot be used ({reason}); use cpu or auto") from None
+    return device
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> ConfigError:
+    place = Path(resolve_model(name))
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    if not place.exists():
+        remedy = "give the folder of a model, or a hub name that can be reached"
+        return ConfigError(f"there is no folder {name}, and as a hub name it has no usable {what} ({reason}); {remedy}")
+    return ConfigError(f"the {what} in {place} cannot be loaded ({reason}); check the folder")

@@ -1,0 +1,338 @@
+"""Training: a plain PyTorch loop over the prompt's parameters, with the base model frozen.
+
+Everything random follows from the seed and the step, and all of it is in the saved state, so a run that is stopped and
+resumed ends with the same bits as one that is not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from softprompt.batches import BatchOrder, batches_per_epoch, rate_factor
+from softprompt.build import build_prompt, prompt_config
+from softprompt.data import collate
+from softprompt.errors import ConfigError, RunInterrupted, TrainingError
+from softprompt.evaluate import evaluate_accuracy, evaluate_loss, pad_id
+from softprompt.loading import load_base, load_tokenizer
+from softprompt.model import SoftPromptModel
+from softprompt.progress import StopRequest, TrainingProgress
+from softprompt.recipe import Recipe, require_paths
+from softprompt.run_data import RunData, context_length, encode_source, read_source
+from softprompt.run_folder import RECIPE, RunFolder
+
+# Settings that may differ between a run and its continuation, because no trained number depends on them.
+FREE_TO_CHANGE = ("out", "save_steps", "samples", "max_new_tokens", "eval_batch_size", "keep_encoder")
+
+
+@dataclass
+class Progress:
+    """How far a run is; all of it is saved with the state. Scores are metric names with their values."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    frozen: dict[str, float] = field(default_factory=dict)
+    start: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    ``frozen`` are the scores of the base model alone, ``start`` of the prompt before training, ``best`` of the one
+    kept. They are empty without held-out data; ``frozen`` is empty for a task whose head starts untrained.
+    """
+
+    folder: Path
+    recipe: Recipe
+    steps: int
+    best_step: int
+    frozen: dict[str, float]
+    start: dict[str, float]
+    best: dict[str, float]
+    trainable_parameters: int
+    base_parameters: int
+    seconds: float
+
+
+StepHook = Callable[[dict[str, Any]], None]
+
+
+def train(
+    recipe: Recipe, resume: bool = False, console: Console | None = None, on_step: StepHook | None = None
+) -> RunResult:
+    """Run a recipe and write its folder; with ``resume`` go on with the run in that folder.
+
+    ``on_step`` is called with each metrics row after it is written. Raises ``RunInterrupted`` when stopped by Ctrl-C or
+    SIGTERM, after saving what ``resume`` needs; ``TrainingError`` when the loss is no longer a number (the best prompt
+    so far stays in the folder); ``ConfigError``, ``DataError`` and ``CheckpointError`` for what their names say.
+    """
+    recipe = recipe.resolved()
+    require_paths(recipe)
+    prompt_config(recipe)  # a wrong method or option is told before anything is loaded
+    folder = RunFolder.reopen(recipe.out) if resume else RunFolder.check_free(recipe.out)
+    state = _matching_state(folder, recipe) if resume else None
+    trainer = Trainer.load(recipe, folder, state, console or Console(stderr=True))
+    return trainer.run(on_step)
+
+
+def _matching_state(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
+    """The saved state, if the recipe is the one it was saved under."""
+    stored = Recipe.from_yaml(folder.path / RECIPE).resolved().to_dict()
+    for name, value in recipe.to_dict().items():
+        if name not in FREE_TO_CHANGE and stored.get(name) != value:
+            raise ConfigError(
+                f"the run in {folder.path} was started with {name}={stored.get(name)!r}, but now it is {value!r}; "
+                "resume with the same settings, or start a new run in another `out`"
+            )
+    return folder.load_state()
+
+
+class Trainer:
+    """One run in memory: the model, its data, the optimiser and how far it is."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        model: SoftPromptModel,
+        tokenizer: PreTrainedTokenizerBase,
+        data: RunData,
+        console: Console,
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.model = model
+        self.tokenizer = tokenizer
+        self.data = data
+        self.console = console
+        self.progress = Progress()
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = _optimizer(recipe, model, self.trainable)
+        self.order = BatchOrder(data.lengths, _given(recipe.batch_size), recipe.seed, recipe.group_by_length)
+        self.total = total_steps(recipe, len(data.train))
+        self.eval_every = recipe.eval_steps or min(self.order.per_epoch, max(1, math.ceil(self.total / 4)))
+        self.device = next(model.parameters()).device
+        self.length = context_length(model.geometry, tokenizer) - _given(recipe.num_virtual_tokens)
+
+    @classmethod
+    def load(cls, recipe: Recipe, folder: RunFolder, state: Mapping[str, Any] | None, console: Console) -> Trainer:
+        """Read the data, load the model, build the prompt (or take it from ``state``) and open the folder."""
+        source = read_source(recipe)
+        tokenizer = load_tokenizer(recipe.model)
+        torch.manual_seed(recipe.seed)  # a classification head is drawn while loading
+        base = load_base(recipe.model, tokenizer, source.label_names, recipe.dtype, recipe.device)
+        model = build_prompt(recipe, base, tokenizer, source.texts(), start=state is None)
+        data = encode_source(recipe, source, tokenizer, context_length(model.geometry, tokenizer))
+        trainer = cls(recipe, folder, model, tokenizer, data, console)
+        folder.make()
+        folder.write_text(RECIPE, recipe.to_yaml())
+        if state is not None:
+            trainer.restore(state)
+        folder.rewind_metrics(trainer.progress.step if state is not None else -1)
+        return trainer
+
+    def run(self, on_step: StepHook | None = None) -> RunResult:
+        """Train to the last step, then write the samples, the summary and the report."""
+        from softprompt.finish import finish
+
+        with StopRequest() as stop, TrainingProgress(self.console, self.total, self.progress.step) as display:
+            if self.progress.step == 0:
+                self._begin(display, on_step)
+            while self.progress.step < self.total:
+                self._stop_if(stop)
+                row = self._advance()
+                display.update(row, self.order.per_epoch)
+                if on_step is not None:
+                    on_step(row)
+            self._stop_if(stop)
+        result = self.result()
+        finish(self, result)
+        return result
+
+    def _stop_if(self, stop: StopRequest) -> None:
+        if stop.requested:
+            self.save()
+            raise RunInterrupted(
+                f"stopped at step {self.progress.step} of {self.total}; the state is saved in {self.folder.path}, "
+                "run the same command with --resume to go on"
+            )
+
+    def _begin(self, display: TrainingProgress, on_step: StepHook | None) -> None:
+        """Measure the frozen model and the untrained prompt, and keep the latter as the best so far."""
+        if self.data.held_out and self.recipe.task == "CAUSAL_LM":
+            with self.model.disable_adapter():
+                self.progress.frozen = self._evaluate()
+        row: dict[str, Any] = {"step": 0, **_prefixed("frozen", self.progress.frozen)}
+        self.progress.start = self._measure(row)
+        self.folder.log(row)
+        display.evaluated(row)
+        if on_step is not None:
+            on_step(row)
+
+    def _advance(self) -> dict[str, Any]:
+        """One step with its evaluation and its saved state, where they are due; returns the row that was logged."""
+        recipe, progress = self.recipe, self.progress
+        row = self._step(progress.step)
+        progress.step += 1
+        last = progress.step == self.total
+        if last or progress.step % self.eval_every == 0:
+            self._measure(row)
+        self.folder.log(row)
+        if last or (recipe.save_steps and progress.step % recipe.save_steps == 0):
+            self.save()
+        return row
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """Forward, backward and update for one batch; step counts from 0 here and from 1 in the row."""
+        begun = time.perf_counter()
+        batch = collate([self.data.train[n] for n in self.order[step]], pad_id(self.tokenizer))  # type: ignore[misc]
+        tokens = int(batch["attention_mask"].sum())
+        factor = rate_factor(step, self.total, _given(self.recipe.warmup), _given(self.recipe.schedule))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self._train_mode()
+        loss = self.model(**{name: value.to(self.device) for name, value in batch.items()}).loss
+        self._must_be_number(loss, "loss", step + 1)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.recipe.clip or math.inf)
+        self._must_be_number(norm, "gradient", step + 1)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - begun
+        self.progress.seconds += seconds
+        self.progress.tokens += tokens
+        return {
+            "step": step + 1,
+            "epoch": round((step + 1) / self.order.per_epoch, 4),
+            "loss": float(loss.detach()),
+            "lr": _given(self.recipe.learning_rate) * factor,
+            "grad_norm": float(norm),
+            "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+        }
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        if not self.recipe.base_dropout:
+            self.model.get_base_model().eval()
+
+    def _must_be_number(self, value: Tensor, what: str, step: int) -> None:
+        if not bool(torch.isfinite(value)):
+            raise TrainingError(
+                f"the {what} is {float(value)} at step {step}; lower learning_rate (now "
+                f"{self.recipe.learning_rate:g}); the best prompt so far, of step {self.progress.best_step}, is kept "
+                f"in {self.folder.path}"
+            )
+
+    def _evaluate(self) -> dict[str, float]:
+        """Held-out scores of the model as it is. Draws no random numbers that training would draw."""
+        size, devices = self.recipe.eval_batch_size, [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            if self.recipe.task == "SEQ_CLS":
+                return evaluate_accuracy(self.model, self.data.held_out, size, pad_id(self.tokenizer))  # type: ignore[arg-type]
+            return evaluate_loss(self.model, self.data.held_out, size)  # type: ignore[arg-type]
+
+    def _measure(self, row: dict[str, Any]) -> dict[str, float]:
+        """Evaluate, add the scores to ``row``, and keep the prompt if it is the best (or if nothing can tell)."""
+        scores = self._evaluate() if self.data.held_out else {}
+        row.update(_prefixed("eval", scores))
+        if scores and not math.isfinite(scores["loss"]):
+            return scores
+        if not scores or not self.progress.best or _rank(scores) > _rank(self.progress.best):
+            self.model.save_pretrained(self.folder.path, keep_encoder=self.recipe.keep_encoder)
+            self.progress.best, self.progress.best_step = scores, self.progress.step
+        return scores
+
+    def save(self) -> None:
+        """Write the resumable state."""
+        devices = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        self.folder.save_state(
+            {
+                "progress": vars(self.progress),
+                "trainable": {name: parameter.detach().cpu() for name, parameter in self.trainable.items()},
+                "optimizer": self.optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": devices,
+                "data": self.data.fingerprint(),
+            }
+        )
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to a saved state; ``ConfigError`` when the data or the model is not what it was."""
+        if state["data"] != self.data.fingerprint():
+            raise ConfigError(
+                f"the data of the run in {self.folder.path} has changed since it was saved; resume with the same "
+                "files, or start a new run in another `out`"
+            )
+        shapes = {name: tuple(value.shape) for name, value in state["trainable"].items()}
+        if shapes != {name: tuple(parameter.shape) for name, parameter in self.trainable.items()}:
+            raise ConfigError(f"the state in {self.folder.path} belongs to another model or method; start a new run")
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(state["trainable"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def result(self) -> RunResult:
+        trainable = sum(parameter.numel() for parameter in self.trainable.values())
+        everything = sum(parameter.numel() for parameter in self.model.parameters())
+        progress = self.progress
+        return RunResult(
+            folder=self.folder.path,
+            recipe=self.recipe,
+            steps=progress.step,
+            best_step=progress.best_step,
+            frozen=progress.frozen,
+            start=progress.start,
+            best=progress.best,
+            trainable_parameters=trainable,
+            base_parameters=everything - trainable,
+            seconds=progress.seconds,
+        )
+
+
+def total_steps(recipe: Recipe, examples: int) -> int:
+    """The number of optimiser steps: ``steps``, or what ``epochs`` come to."""
+    if recipe.epochs is None:
+        return _given(recipe.steps)
+    return max(1, round(recipe.epochs * batches_per_epoch(examples, _given(recipe.batch_size))))
+
+
+def _optimizer(recipe: Recipe, model: SoftPromptModel, trainable: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with one group for the prompt and, where a head is trained too, one for the head."""
+    prompt = {id(parameter) for encoder in model.prompt_encoder.values() for parameter in encoder.parameters()}
+    groups = [
+        {"params": [p for p in trainable.values() if (id(p) in prompt) == inside], "peak": _given(rate), "lr": rate}
+        for inside, rate in ((True, recipe.learning_rate), (False, recipe.head_learning_rate))
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=_given(recipe.weight_decay))
+
+
+def _rank(scores: Mapping[str, float]) -> tuple[float, float]:
+    """Higher is better: accuracy where there is one, then a lower loss."""
+    return (scores.get("accuracy", 0.0), -scores["loss"])
+
+
+def _prefixed(prefix: str, scores: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}_{name}": value for name, value in scores.items() if name in ("loss", "accuracy")}
+
+
+def _given(value: Any) -> Any:
+    """A field that ``Recipe.resolved`` has filled."""
+    assert value is not None
+    return value
