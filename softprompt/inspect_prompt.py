@@ -1,0 +1,125 @@
+"""What a saved prompt is, in numbers: its method and size, the norms of its vectors, the vocabulary nearest to them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from softprompt.checkpoint import SavedAdapter
+from softprompt.prompt import KV, METHODS, KVPrompt
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """Mean Euclidean norm of one layer's key and value heads."""
+
+    key: float
+    value: float
+
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """All that `softprompt show` prints. `token_norms` has one mean norm per virtual token.
+
+    `layers` is filled for keys and values, `nearest` (token and cosine, best first, per virtual token) for prompts in
+    input space when the base model is at hand.
+    """
+
+    method: str
+    task: str | None
+    base_model: str | None
+    virtual_tokens: int
+    shape: tuple[int, ...]
+    parameters: int
+    head_parameters: int
+    bytes: int
+    token_norms: list[float]
+    layers: list[LayerNorms] = field(default_factory=list)
+    nearest: list[list[tuple[str, float]]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def method_name(peft_type: str | None) -> str:
+    """`prefix_tuning` for `PREFIX_TUNING`."""
+    return next((name for name, method in METHODS.items() if method.peft_type == peft_type), str(peft_type))
+
+
+def saved_kv(saved: SavedAdapter) -> KV | None:
+    """The keys and values of a saved prompt, or None if it lives in input space. Needs no base model."""
+    config = saved.config
+    if not issubclass(METHODS[method_name(config.peft_type)], KVPrompt):
+        return None
+    assert config.num_layers is not None and config.num_attention_heads is not None  # load_adapter has checked them
+    return KV.from_flat(saved.tensors["prompt_embeddings"].float(), config.num_layers, config.num_attention_heads)
+
+
+def describe(saved: SavedAdapter, folder: Path) -> PromptFacts:
+    """Facts about an adapter that need no base model."""
+    config, prompt = saved.config, saved.tensors["prompt_embeddings"].float()
+    kv = saved_kv(saved)
+    return PromptFacts(
+        method=method_name(config.peft_type),
+        task=str(config.task_type) if config.task_type else None,
+        base_model=config.base_model_name_or_path,
+        virtual_tokens=config.num_virtual_tokens,
+        shape=tuple(prompt.shape),
+        parameters=prompt.numel(),
+        head_parameters=sum(tensor.numel() for name, tensor in saved.tensors.items() if name != "prompt_embeddings"),
+        bytes=sum(path.stat().st_size for path in folder.glob("adapter_model.*") if path.is_file()),
+        token_norms=token_norms(kv) if kv else prompt.norm(dim=1).tolist(),
+        layers=layer_norms(kv) if kv else [],
+    )
+
+
+def describe_kv(kv: KV, path: Path) -> PromptFacts:
+    """Facts about a key-value file."""
+    key = kv.layers[0][0]
+    parameters = sum(part.numel() for pair in kv.layers for part in pair)
+    shape = (len(kv.layers), 2, *key.shape[1:])
+    return PromptFacts("key-value file", None, None, kv.length, shape, parameters, 0, path.stat().st_size,
+                       token_norms(kv), layer_norms(kv))  # fmt: skip
+
+
+def token_norms(kv: KV) -> list[float]:
+    """Mean norm of the heads' keys and values, per virtual token."""
+    parts = [part[0].float().norm(dim=-1).mean(0) for pair in kv.layers for part in pair]
+    return torch.stack(parts).mean(0).tolist()
+
+
+def layer_norms(kv: KV) -> list[LayerNorms]:
+    return [LayerNorms(*(float(part.float().norm(dim=-1).mean()) for part in pair)) for pair in kv.layers]
+
+
+@torch.no_grad()
+def nearest_tokens(
+    vectors: Tensor, embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int = 3
+) -> list[list[tuple[str, float]]]:
+    """For each of the `vectors` `[n, d]` the tokens whose embeddings have the greatest cosine, best first."""
+    table = next(embeddings.parameters()).float()
+    unit = nn.functional.normalize(vectors.to(table.device).float(), dim=1)
+    cosines = unit @ nn.functional.normalize(table, dim=1).T
+    cosines = cosines[:, : len(tokenizer)]  # some tables are padded beyond the vocabulary
+    best = cosines.topk(min(count, cosines.shape[1]), dim=1)
+    return [
+        [(token_text(tokenizer, int(token)), float(cosine)) for token, cosine in zip(tokens, row, strict=True)]
+        for tokens, row in zip(best.indices, best.values, strict=True)
+    ]
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token as a reader sees it, its leading space and line breaks visible."""
+    text = str(tokenizer.decode([token]))
+    if not text.strip("\ufffd"):  # a piece of a character
+        text = str(tokenizer.convert_ids_to_tokens(token))
+    return text.replace(" ", "␣").replace("\n", "⏎")
+
+
+def summary(values: Sequence[float]) -> str:
+    """`mean (least to greatest)`."""
+    return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
