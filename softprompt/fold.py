@@ -6,15 +6,15 @@ This is exact: the layers see p virtual tokens at positions 0…p−1, as if the
 import torch
 
 from softprompt.doors.attention import AttentionDoor
-from softprompt.geometry import record
+from softprompt.geometry import record, word_table
 from softprompt.prompt import KV, Embeddings
 
 
 def fold(door: AttentionDoor, prompt: Embeddings) -> KV:
     """Run the virtual tokens `[1, p, d]` through the model's body once, with gradient, and keep what they leave."""
-    vectors = prompt.vectors.to(door.base.get_input_embeddings().weight)
+    vectors = prompt.vectors.to(word_table(door.base))
     inputs: dict[str, torch.Tensor] = {"inputs_embeds": vectors}
     if door.takes_positions:
         inputs["position_ids"] = torch.arange(prompt.length, device=vectors.device)[None]
-    recording, _ = record(door, **inputs)
+    recording, _ = record(door, inputs)
     return KV(tuple(recording.layers))

@@ -1,20 +1,25 @@
 """One probe of a base model: which attention layers it has, what their keys look like, and whether it is causal."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt.doors.attention import AttentionDoor, Recording
 from softprompt.errors import UnsupportedError
-from softprompt.prompt import KV, Geometry, LayerShape, evaluating
+from softprompt.prompt import Geometry, LayerShape, evaluating
 
 
-def record(door: AttentionDoor, prefix: KV | None = None, **inputs: Any) -> tuple[Recording, Tensor]:
+def word_table(base: PreTrainedModel) -> Tensor:
+    """The weight of the input embeddings `[V, d]`; its device and type are those a prompt enters in."""
+    weight = base.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def record(door: AttentionDoor, inputs: dict[str, Tensor]) -> tuple[Recording, Tensor]:
     """Run the model's body (no head) and take down every layer's keys and values; also its last hidden states."""
     recording = Recording()
-    with door.open(prefix, recording):
+    with door.open(None, recording):
         output = door.base.base_model(**inputs, use_cache=False, return_dict=True)
     return recording, output.last_hidden_state
 
@@ -32,8 +37,8 @@ def probe(door: AttentionDoor) -> Geometry:
         )
     ids = _two_plain_ids(base)
     with evaluating(base):
-        first, hidden = record(door, input_ids=ids)
-        _, other = record(door, input_ids=ids[:, [0, 0]])
+        first, hidden = record(door, {"input_ids": ids})
+        _, other = record(door, {"input_ids": ids[:, [0, 0]]})
     if not first.modules:
         raise UnsupportedError(
             f"{type(base).__name__} does not attend through transformers' AttentionInterface, so there is no door into "
@@ -62,7 +67,7 @@ def _two_plain_ids(base: PreTrainedModel) -> Tensor:
     """Two different token ids `[1, 2]`, neither of them padding (which some models' positions skip)."""
     special = {base.config.get_text_config().pad_token_id}
     plain = [token for token in range(4) if token not in special][:2]
-    return torch.tensor([plain], device=base.get_input_embeddings().weight.device)
+    return torch.tensor([plain], device=word_table(base).device)
 
 
 def _position_table(base: PreTrainedModel) -> nn.Embedding | None:

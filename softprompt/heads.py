@@ -84,8 +84,8 @@ class Heads(nn.Module):
         for name, tensor in needed.items():
             if tensor.shape != given[name].shape:
                 raise CheckpointError(
-                    f"head tensor {name!r} is {tuple(given[name].shape)} in the saved prompt and {tuple(tensor.shape)} in "
-                    "this model; load it with the same number of labels and the same width."
+                    f"head tensor {name!r} is {tuple(given[name].shape)} in the saved prompt and {tuple(tensor.shape)} "
+                    "in this model; load it with the same number of labels and the same width."
                 )
 
     def load(self, adapter: str, saved: dict[str, Tensor]) -> None:

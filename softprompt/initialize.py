@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softprompt.errors import ConfigError
-from softprompt.geometry import record
+from softprompt.geometry import record, word_table
 from softprompt.model import SoftPromptModel
 from softprompt.prompt import KV, EmbeddingPrompt, KVPrompt, evaluating
 
@@ -105,8 +105,8 @@ def initialize_from_text(model: SoftPromptModel, tokenizer: Any, text: str, adap
     assert isinstance(encoder, EmbeddingPrompt)
     count = encoder.embedding.num_embeddings
     _check_enough(ids, count)
-    words = model.base_model.get_input_embeddings()
-    encoder.start_from(words(torch.tensor(ids[:count], device=words.weight.device)).float())
+    embed, device = model.base_model.get_input_embeddings(), word_table(model.base_model).device
+    encoder.start_from(embed(torch.tensor(ids[:count], device=device)).float())
 
 
 def _kv_encoder(model: SoftPromptModel, adapter_name: str | None) -> KVPrompt:
@@ -130,8 +130,8 @@ def _text_ids(tokenizer: Any, text: str, use_chat_template: bool) -> list[int]:
 def _check_enough(ids: list[int], count: int) -> None:
     if len(ids) < count:
         raise ConfigError(
-            f"the text has {len(ids)} tokens, but num_virtual_tokens={count} are needed; give a longer text or use fewer "
-            "virtual tokens."
+            f"the text has {len(ids)} tokens, but num_virtual_tokens={count} are needed; give a longer text or use "
+            "fewer virtual tokens."
         )
 
 
@@ -142,5 +142,5 @@ def _kv_of_ids(model: SoftPromptModel, ids: list[int], count: int) -> KV:
     if model.door.takes_positions:
         inputs["position_ids"] = torch.arange(count, device=model.base_model.device)[None] + model.door.position_offset
     with evaluating(model.base_model):
-        recording, _ = record(model.door, **inputs)
+        recording, _ = record(model.door, inputs)
     return KV(tuple(recording.layers)).detach()

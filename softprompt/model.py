@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin
 
 from softprompt import checkpoint
 from softprompt.config import PromptConfig
@@ -17,7 +17,7 @@ from softprompt.doors.attention import AttentionDoor
 from softprompt.doors.embedding import arrange, put_in_front
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.fold import fold
-from softprompt.geometry import probe
+from softprompt.geometry import probe, word_table
 from softprompt.heads import Heads, with_default_heads
 from softprompt.prompt import KV, METHODS, EmbeddingPrompt, Embeddings, SoftPrompt
 from softprompt.prompt import evaluating as _evaluating
@@ -83,8 +83,8 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         return replace(filled, base_model_name_or_path=name, modules_to_save=with_default_heads(config))
 
     def _build(self, config: PromptConfig) -> SoftPrompt:
-        words = self.base_model.get_input_embeddings()
-        return _method_of(config)(config, words).to(device=words.weight.device, dtype=torch.float32)
+        encoder = _method_of(config)(config, self.base_model.get_input_embeddings())
+        return encoder.to(device=word_table(self.base_model).device, dtype=torch.float32)
 
     def _install(self, name: str, config: PromptConfig, encoder: SoftPrompt) -> None:
         self.heads.add(name, config)  # the only step that can fail comes first
@@ -171,8 +171,8 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
             return prompt
         if not self.geometry.causal:
             raise UnsupportedError(
-                f"{type(self.base_model).__name__} is not causal, so an embedding prompt cannot be folded into keys and "
-                "values; train prefix_tuning instead."
+                f"{type(self.base_model).__name__} is not causal, so an embedding prompt cannot be folded into keys "
+                "and values; train prefix_tuning instead."
             )
         return fold(self.door, prompt)
 
@@ -348,7 +348,9 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+        print(  # noqa: T201 – what the name promises
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+        )
 
     def __getattr__(self, name: str) -> Any:
         """Anything else is the base model's: `config`, `device`, `dtype`, `generation_config`, …"""

@@ -6,6 +6,7 @@ Virtual tokens h_1 … h_p are the output of a small encoder over a table, h_i =
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import pairwise
 from typing import final
 
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class PromptEncoder(EmbeddingPrompt):
             sizes = [2 * hidden, 2 * hidden, width]
         else:
             sizes = [width, hidden, hidden, width]
-        linears = [nn.Linear(size, following) for size, following in zip(sizes, sizes[1:], strict=False)]
+        linears = [nn.Linear(size, following) for size, following in pairwise(sizes)]
         steps: list[nn.Module] = [linears[0]]
         for linear in linears[1:]:
             steps += [nn.ReLU(), linear]

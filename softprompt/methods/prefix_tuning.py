@@ -69,8 +69,8 @@ class PrefixEncoder(KVPrompt):
         assert isinstance(filled, PrefixTuningConfig)
         return replace(filled, encoder_hidden_size=filled.encoder_hidden_size or filled.token_dim)
 
-    def forward(self, prefix: Tensor) -> Tensor:
-        rows = self.embedding(prefix)
+    def forward(self, indices: Tensor) -> Tensor:
+        rows = self.embedding(indices)
         return self.dropout(self.transform(rows) if self.prefix_projection else rows)
 
     def output_layer(self) -> nn.Linear | None:
