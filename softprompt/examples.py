@@ -63,6 +63,11 @@ class Template:
         pieces = [literal + (_scalar(row, field) if field is not None else "") for literal, field in self._before]
         return _split_border("".join(pieces))
 
+    def is_rendered(self, text: str) -> bool:
+        """Whether a text begins and ends with the words that the template puts around the input."""
+        first, last = self._before[0][0].lstrip(), self._before[-1][0].strip()
+        return bool(last) and text.lstrip().startswith(first) and text.rstrip().endswith(last)
+
     def example(self, row: Row) -> Example:
         text, border = self.render_input(row)
         targets = tuple(value + self._after for value in _texts(row, self.fields[-1]))
@@ -118,6 +123,20 @@ def load_examples(
 def _column_example(row: Row, input_column: str, target_column: str) -> Example:
     text, border = _split_border(_scalar(row, input_column))
     return Example(text, _texts(row, target_column), border=border, where=row.where)
+
+
+def input_example(row: Row, template: Template | None = None, input_column: str | None = None) -> Example:
+    """The input of a row alone, to generate from; its target may be missing (then `targets` holds an empty text)."""
+    if template is not None:
+        text, border = template.render_input(row)
+    elif not input_column and "messages" in row.values and "input" not in row.values:
+        messages = row.values["messages"]
+        asked = isinstance(messages, list) and messages and messages[-1].get("role") != "assistant"
+        answer = [{"role": "assistant", "content": ""}] if asked else []
+        return _chat_example(Row(row.where, {"messages": messages + answer}) if asked else row)
+    else:
+        text, border = _split_border(_scalar(row, input_column or "input"))
+    return Example(text, ("",), border=border, where=row.where)
 
 
 def _chat_example(row: Row) -> Example:

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from softprompt.checkpoint import SavedAdapter
 from softprompt.prompt import KV, METHODS, KVPrompt
@@ -94,30 +92,6 @@ def token_norms(kv: KV) -> list[float]:
 
 def layer_norms(kv: KV) -> list[LayerNorms]:
     return [LayerNorms(*(float(part.float().norm(dim=-1).mean()) for part in pair)) for pair in kv.layers]
-
-
-@torch.no_grad()
-def nearest_tokens(
-    vectors: Tensor, embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int = 3
-) -> list[list[tuple[str, float]]]:
-    """For each of the `vectors` `[n, d]` the tokens whose embeddings have the greatest cosine, best first."""
-    table = next(embeddings.parameters()).float()
-    unit = nn.functional.normalize(vectors.to(table.device).float(), dim=1)
-    cosines = unit @ nn.functional.normalize(table, dim=1).T
-    cosines = cosines[:, : len(tokenizer)]  # some tables are padded beyond the vocabulary
-    best = cosines.topk(min(count, cosines.shape[1]), dim=1)
-    return [
-        [(token_text(tokenizer, int(token)), float(cosine)) for token, cosine in zip(tokens, row, strict=True)]
-        for tokens, row in zip(best.indices, best.values, strict=True)
-    ]
-
-
-def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as a reader sees it, its leading space and line breaks visible."""
-    text = str(tokenizer.decode([token]))
-    if not text.strip("\ufffd"):  # a piece of a character
-        text = str(tokenizer.convert_ids_to_tokens(token))
-    return text.replace(" ", "␣").replace("\n", "⏎")
 
 
 def summary(values: Sequence[float]) -> str:

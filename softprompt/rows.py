@@ -1,6 +1,6 @@
 """Rows of a data file or a named data set, each with the place it came from, so that an error can name the line.
 
-A source is a path ending in .jsonl, .json, .csv, .tsv or .parquet, or else the name of a data set for the `datasets`
+A source is a path ending in .jsonl, .json, .csv, .tsv, .parquet or .txt (one text per line), or else the name of a data set for the `datasets`
 library (`name` or `name:configuration`).
 """
 
@@ -80,6 +80,14 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if line.strip():
                 where = f"{path} line {number}"
                 yield Row(where, _object(_parse(line, where), where))
+
+
+def _read_lines(path: Path) -> Iterator[Row]:
+    """One text per line, in a column `text`; blank lines are skipped."""
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield Row(f"{path} line {number}", {"text": line.strip()})
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -163,6 +171,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
+    ".txt": _read_lines,
 }
 
 

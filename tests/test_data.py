@@ -126,7 +126,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("quote.csv", b'input,target\n"a"b,c\n', "line 2 is not valid CSV"),
     ("header.csv", b"input,target\n", "holds no rows"),
     ("text.parquet", b"input,target\n", "not a readable Parquet file"),
-    ("rows.txt", b"hello\n", "no known format"),
+    ("rows.doc", b"hello\n", "no known format"),
     ("roles.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}\n', "must be the assistant's"),
     ("turns.jsonl", b'{"messages": "hi"}\n', '"messages" must be a list'),
     ("content.jsonl", b'{"messages": [{"role": "user"}]}\n', "messages.content"),

@@ -1,0 +1,137 @@
+"""A base model with a saved prompt on it, opened for use: what `generate`, `eval`, `show` and `convert` start from.
+
+A prompt that came out of a training run has its recipe beside it, so the base model and the template need not be given
+again. Flags win over the recipe; without either, the base model is the one in this package and text is used as it is.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from softprompt.checkpoint import SavedAdapter, load_adapter
+from softprompt.data import Example, Template, input_ids
+from softprompt.errors import CheckpointError, ConfigError, DataError
+from softprompt.examples import input_example
+from softprompt.loading import EMBEDDED, load_base, load_tokenizer
+from softprompt.model import SoftPromptModel
+from softprompt.recipe import Recipe
+from softprompt.rows import Row, read_rows
+from softprompt.run_data import context_length
+from softprompt.run_folder import RECIPE, SUMMARY
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """`label_names` is set where the prompt classifies."""
+
+    model: SoftPromptModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe | None
+    label_names: list[str] | None
+
+    @property
+    def context(self) -> int:
+        return context_length(self.model.geometry, self.tokenizer)
+
+    @property
+    def room(self) -> int:
+        """Tokens that the prompt leaves of the model's context."""
+        return self.context - self.model.active_peft_config.num_virtual_tokens
+
+    def new_tokens(self, inputs: Sequence[Example], wanted: int) -> int:
+        """How many tokens may be generated after these inputs: as many as `wanted`, or what the context leaves.
+
+        DataError names an input that leaves none.
+        """
+        lengths = [len(ids) for ids in input_ids(inputs, self.tokenizer)]
+        for example, length in zip(inputs, lengths, strict=True):
+            if length >= self.room:
+                raise DataError(
+                    f"{example.where} takes {length} tokens, but the model's context of {self.context} leaves "
+                    f"{self.room} beside the prompt; shorten it"
+                )
+        return min(wanted, self.room - max(lengths))
+
+
+def open_prompted(prompt: Path, model: str | None, dtype: str = "float32", device: str = "auto") -> Prompted:
+    """Load a saved prompt onto its base model. CheckpointError or ConfigError before anything large is loaded."""
+    saved, recipe = read_saved(prompt)
+    name = base_name(model, recipe)
+    tokenizer = load_tokenizer(name)
+    labels = _label_names(prompt, saved)
+    base = load_base(name, tokenizer, labels, dtype, device)
+    return Prompted(SoftPromptModel.from_pretrained(base, prompt), tokenizer, recipe, labels)
+
+
+def read_saved(prompt: Path) -> tuple[SavedAdapter, Recipe | None]:
+    """A saved prompt and, if it came out of a run, the recipe beside it."""
+    if prompt.is_file():
+        raise CheckpointError(f"{prompt} is a file; give the folder that holds adapter_config.json")
+    recipe = prompt / RECIPE
+    return load_adapter(prompt), Recipe.from_yaml(recipe) if recipe.is_file() else None
+
+
+def base_name(model: str | None, recipe: Recipe | None) -> str:
+    return model or (recipe.model if recipe else EMBEDDED)
+
+
+def _label_names(prompt: Path, saved: SavedAdapter) -> list[str] | None:
+    """The classes of a prompt that classifies: named by its run, else numbered by the rows of its head."""
+    if str(saved.config.task_type) != "SEQ_CLS":
+        return None
+    heads = [tensor for name, tensor in saved.tensors.items() if name.endswith(".weight") and tensor.dim() == 2]
+    if not heads:
+        raise CheckpointError(f"{prompt} classifies, but no head is saved with it; save it with its classifier")
+    summary = prompt / SUMMARY
+    if summary.is_file():
+        try:
+            names = json.loads(summary.read_text(encoding="utf-8")).get("label_names")
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{summary} cannot be read ({error}); delete it to go on without names") from None
+        if isinstance(names, list) and names:
+            return [str(name) for name in names]
+    return [str(number) for number in range(heads[-1].shape[0])]
+
+
+def template_of(recipe: Recipe | None, template: str | None, raw: bool = False) -> Template | None:
+    """The template that a text goes through: the flag's, else the recipe's, unless `raw`."""
+    text = None if raw else template or (recipe.template if recipe else None)
+    return Template(text) if text else None
+
+
+def example_of(text: str, template: Template | None, where: str = "the input") -> Example:
+    """A text from the command line as the prompt was trained to see it.
+
+    With a template of one input field the text is that field; with several it is a JSON object of them. A text that
+    already ends the way the template's input ends is complete and stays as it is.
+    """
+    if template is None or template.is_rendered(text):
+        return Example(text.rstrip(" "), ("",), where=where)
+    return input_example(Row(where, _fields(text, template, where)), template)
+
+
+def examples_of(file: str, template: Template | None, column: str | None = None) -> list[Example]:
+    """The inputs in a file: a .txt file has one text per line, any other is read as data whose targets may be absent."""
+    if Path(file).suffix.lower() == ".txt":
+        return [example_of(row.values["text"], template, row.where) for row in read_rows(file)]
+    return [input_example(row, template, column) for row in read_rows(file)]
+
+
+def _fields(text: str, template: Template, where: str) -> dict[str, Any]:
+    if len(template.input_fields) == 1:
+        return {template.input_fields[0]: text}
+    try:
+        values = json.loads(text) if template.input_fields else {}
+    except json.JSONDecodeError:
+        values = None
+    if not isinstance(values, dict):
+        example = ", ".join(f'"{name}": "…"' for name in template.input_fields)
+        raise ConfigError(
+            f"the template {template.text!r} has {len(template.input_fields)} input fields, so {where} must be a JSON "
+            f"object: {{{example}}}; --raw takes the text as it is"
+        )
+    return values
