@@ -4,7 +4,7 @@
     python scripts/fill_readme.py --check    exit 1, naming the part, where README.md is out of date
 
 A part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. ``results:e2e`` is benchmarks/results/e2e.md;
-``methods`` comes from the registry; ``tree`` from the first line of each module's docstring.
+``methods`` comes from the registry; ``tree`` from the first sentence of each module's docstring.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def methods() -> str:
 
 
 def tree() -> str:
-    """The folders, and each module of the package with the first line of its docstring."""
+    """The folders, and each module of the package with the first sentence of its docstring."""
     lines = []
     for folder, meaning in FOLDERS.items():
         if (ROOT / folder).is_dir():
@@ -70,10 +70,13 @@ def modules(folder: Path, indent: str) -> list[str]:
 
 
 def summary(path: Path) -> str:
-    """The first line of a module's docstring, cut at a word to about 96 characters."""
-    text = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0].split(", https://")[0]
-    cut = text if len(text) <= 96 else text[:95].rsplit(" ", 1)[0] + " …"
-    return cut.rstrip(".,:;")
+    """The first sentence of a module's docstring, without its URL; a long one ends at its last clause that fits."""
+    document = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    sentence = " ".join(document.split("\n\n")[0].split()).split(", https://")[0].split(". ")[0].rstrip(".")
+    if len(sentence) <= 94:
+        return sentence
+    ends = [found.start() for found in re.finditer(r"[,;:] | – | [(]", sentence[:94])]
+    return sentence[: ends[-1]] if ends else sentence[:94].rsplit(" ", 1)[0] + " …"
 
 
 def part(name: str) -> str:
