@@ -157,7 +157,9 @@ def method_of(peft_type: Any, path: Path) -> type[SoftPrompt]:
     supported = ", ".join(sorted(method.peft_type for method in METHODS.values()))
     if peft_type is None:
         raise CheckpointError(f"{path} does not say its 'peft_type'; it must be one of {supported}.")
-    raise CheckpointError(f"{path}: peft_type {_show(peft_type)} is not a soft prompt known here ({supported}).")
+    raise CheckpointError(
+        f"{path}: peft_type {_show(peft_type)} is no soft prompt known here ({supported}); use PEFT for it."
+    )
 
 
 def _check_field(name: str, value: Any, hint: Any, path: Path) -> None:

@@ -44,8 +44,7 @@ def locate(
     if not str(asked) or "\0" in str(asked):
         raise CheckpointError(f"{str(asked)!r} is not the path of an adapter; give its folder or a hub id.")
     if Path(asked).is_dir():
-        folder = Path(asked) / subfolder
-        return partial(_find_local, folder, _cache_blobs(folder))
+        return partial(_find_local, Path(asked), subfolder, _cache_blobs(Path(asked)))
     if Path(asked).exists():
         raise CheckpointError(f"{asked} is a file; give the folder that holds {CONFIG_NAME}.")
     if Path(asked).is_absolute() or (Path(asked).parent != Path() and Path(asked).parent.is_dir()):
@@ -54,8 +53,8 @@ def locate(
     return partial(_find_on_hub, str(asked), subfolder, options)
 
 
-def _find_local(folder: Path, roots: tuple[Path, ...], name: str) -> Path | None:
-    return file_inside(folder, name, roots)
+def _find_local(folder: Path, subfolder: str, roots: tuple[Path, ...], name: str) -> Path | None:
+    return file_inside(folder, str(Path(subfolder) / name), roots)
 
 
 def _cache_blobs(folder: Path) -> tuple[Path, ...]:

@@ -50,7 +50,7 @@ def check_subfolder(subfolder: str) -> str:
 
 
 def file_inside(folder: Path, name: str, roots: tuple[Path, ...] = ()) -> Path | None:
-    """The regular file `name` in `folder`, or None where there is none.
+    """The regular file `name` (a relative path) in `folder`, or None where there is none.
 
     A link may only lead to somewhere in `folder` or in one of `roots` (the hub's cache keeps its files in another
     folder); pipes and devices would block or never end. Raises CheckpointError.
