@@ -10,6 +10,7 @@ from softprompt.initialize import (
 )
 from softprompt.methods import (
     METHODS,
+    PeftType,
     PrefixEncoder,
     PrefixTuningConfig,
     PromptEmbedding,
@@ -18,6 +19,7 @@ from softprompt.methods import (
     PromptEncoderReparameterizationType,
     PromptTuningConfig,
     PromptTuningInit,
+    get_peft_config,
 )
 from softprompt.model import PeftModel, SoftPromptModel, get_peft_model
 from softprompt.prompt import KV, Embeddings, SoftPrompt
@@ -34,6 +36,7 @@ __all__ = [
     "Embeddings",
     "PeftConfig",
     "PeftModel",
+    "PeftType",
     "PrefixEncoder",
     "PrefixTuningConfig",
     "PromptConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "TaskType",
     "UnsupportedError",
     "__version__",
+    "get_peft_config",
     "get_peft_model",
     "initialize_from_text",
     "initialize_kv_prefix_from_past_key_values",
