@@ -1,9 +1,8 @@
 """One file per method. Importing this package registers them; `METHODS` is the registry by name."""
 
+from enum import StrEnum
 from importlib import import_module
 from pkgutil import iter_modules
-
-from enum import StrEnum
 from typing import Any
 
 from softprompt.config import PromptConfig
@@ -12,6 +11,9 @@ from softprompt.methods.p_tuning import PromptEncoder, PromptEncoderConfig, Prom
 from softprompt.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from softprompt.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 from softprompt.prompt import METHODS
+
+for _module in iter_modules(__path__):  # a new file here is a new method: nothing to list
+    import_module(f"{__name__}.{_module.name}")
 
 PeftType = StrEnum("PeftType", {method.peft_type: method.peft_type for method in METHODS.values()})
 """The `peft_type` of every method here, for scripts that compare with it."""
@@ -39,6 +41,3 @@ __all__ = [
     "PromptTuningInit",
     "get_peft_config",
 ]
-
-for _module in iter_modules(__path__):  # a new file here is a new method: nothing to list
-    import_module(f"{__name__}.{_module.name}")
