@@ -115,7 +115,7 @@ def example_of(text: str, template: Template | None, where: str = "the input") -
 
 
 def examples_of(file: str, template: Template | None, column: str | None = None) -> list[Example]:
-    """The inputs in a file: a .txt file has one text per line, any other is read as data whose targets may be absent."""
+    """The inputs in a file: one text per line of a .txt file; rows of any other, whose targets may be missing."""
     if Path(file).suffix.lower() == ".txt":
         return [example_of(row.values["text"], template, row.where) for row in read_rows(file)]
     return [input_example(row, template, column) for row in read_rows(file)]

@@ -1,7 +1,7 @@
 """Rows of a data file or a named data set, each with the place it came from, so that an error can name the line.
 
-A source is a path ending in .jsonl, .json, .csv, .tsv, .parquet or .txt (one text per line), or else the name of a data set for the `datasets`
-library (`name` or `name:configuration`).
+A source is a path ending in .jsonl, .json, .csv, .tsv, .parquet or .txt (one text per line), or else the name of a
+data set for the `datasets` library (`name` or `name:configuration`).
 """
 
 import csv

@@ -1,0 +1,257 @@
+"""The command line: `softprompt train | generate | eval | show | convert | methods`.
+
+Whatever a user can cause ends with one line on stderr that names the cause and the remedy, and exit status 2; an
+interrupt ends with 130. Any other exception is a bug, and shows its traceback.
+"""
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from softprompt.cli_flags import RECIPE_OPTIONS, method_parameters, recipe_parameters, split_given, with_parameters
+from softprompt.errors import ConfigError, RunInterrupted, SoftPromptError
+
+app = typer.Typer(
+    help="Soft prompts over frozen Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# typer carries a click of its own in newer versions, so its exceptions are reached through typer
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # pyright: ignore[reportAssignmentType]
+
+REMEDIES = {
+    errno.ENOSPC: "free some space or write to another disk",
+    errno.EDQUOT: "free some of your quota or write to another disk",
+    errno.EACCES: "choose a place you may read and write",
+    errno.EPERM: "choose a place you may read and write",
+    errno.EROFS: "choose a place that is not read-only",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "choose a path on which every part but the last is a folder",
+    errno.EISDIR: "give a file, not a folder",
+    errno.EEXIST: "choose another path",
+}
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Base model: a folder or hub name. [default: as trained, else the one in the package]"
+    ),
+]
+Prompt = Annotated[Path, typer.Option("--prompt", help="Folder of the saved prompt.")]
+TemplateFlag = Annotated[str | None, typer.Option("--template", help="Template of the input. [default: as trained]")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, … or auto.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Number format of the base model.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows per batch.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. `arguments` default to the process's own."""
+    _quiet_libraries()
+    try:
+        status = app(args=arguments, prog_name="softprompt", standalone_mode=False)
+    except RunInterrupted as error:
+        return _fail(str(error), status=130)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; nothing was saved after the last message", status=130)
+    except SoftPromptError as error:
+        return _fail(str(error))
+    except ClickException as error:
+        return _fail(_usage_message(error))
+    except BrokenPipeError:  # the reader of a pipe has gone, as `| head` does
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        return _fail(_os_message(error))
+    except MemoryError:
+        return _fail("there is not enough memory; use a smaller --batch-size or a smaller model")
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        return _fail("there is not enough memory; use a smaller --batch-size or a smaller model")
+    return status if isinstance(status, int) else 0
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and remarks of transformers belong to neither our output nor our errors."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _fail(message: str, status: int = 2) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return status
+
+
+def _usage_message(error: Any) -> str:
+    message = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    return f"{message}; see {context.command_path} --help" if context else message
+
+
+def _os_message(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename else ""
+    remedy = REMEDIES.get(error.errno or 0, "check the path and the disk")
+    return f"{place}{error.strerror or error}; {remedy}"
+
+
+@app.command()
+@with_parameters([*recipe_parameters(), *method_parameters()])
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="Recipe in YAML; flags win over it.", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    **given: Any,
+) -> None:
+    """Train a prompt on a frozen model: a recipe, flags, or both."""
+    from softprompt.cli_output import print_result
+    from softprompt.train import train as run
+
+    settings = build_recipe(recipe, resume, given)
+    result = run(settings, resume=resume)
+    print_result(Console(), result)
+
+
+def build_recipe(path: str | None, resume: bool, given: dict[str, Any]) -> Any:
+    """The recipe file (of the run itself, to resume without one) with the given flags over it."""
+    from softprompt.recipe import Recipe, read_yaml
+    from softprompt.run_folder import RECIPE
+
+    settings, options = split_given(given)
+    out = settings.get("out")
+    if path is None and resume and out and (Path(out) / RECIPE).is_file():
+        path = str(Path(out) / RECIPE)
+    values = read_yaml(path) if path else {}
+    if "steps" in settings:
+        values.pop("epochs", None)
+    if "epochs" in settings:
+        values.pop("steps", None)
+    stored = values.get(RECIPE_OPTIONS) or {}
+    if not isinstance(stored, dict):
+        raise ConfigError(f"{path}: {RECIPE_OPTIONS} is {stored!r}; it must be a mapping of names to values")
+    return Recipe.from_dict({**values, **settings, RECIPE_OPTIONS: {**stored, **options}}, where=path or "the command")
+
+
+@app.command()
+def generate(
+    prompt: Prompt,
+    model: Model = None,
+    text: Annotated[str | None, typer.Option("--input", help="One input.")] = None,
+    file: Annotated[str | None, typer.Option("--file", help="Inputs: .txt by line, .jsonl, .csv or .parquet.")] = None,
+    template: TemplateFlag = None,
+    column: Annotated[str | None, typer.Option("--input-column", help="Column of the input, without template.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Use texts as they are, without the run's template.")] = False,
+    max_new_tokens: NewTokens = 64,
+    num_beams: Annotated[int, typer.Option("--num-beams", min=1, help="Beams of the search; 1 is greedy.")] = 1,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
+    temperature: Annotated[float, typer.Option("--temperature", min=1e-6, help="Of --sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=1e-6, max=1.0, help="Of --sample.")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Of --sample; 0 is all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", min=1e-6, help="1 is none.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --sample.")] = 0,
+    batch_size: BatchSize = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per input.")] = False,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Answer without the prompt, to compare.")] = False,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Complete one input, or every input of a file, one completion per line."""
+    from softprompt.cli_use import Decoding, answers, print_answers
+    from softprompt.prompted import example_of, examples_of, open_prompted, read_saved, template_of
+
+    if (text is None) == (file is None):
+        raise ConfigError("give one input by --input TEXT, or many by --file FILE")
+    read_saved(prompt)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if sample else {}
+    decoding = Decoding(max_new_tokens, batch_size, seed, {"num_beams": num_beams, **sampling}
+                        | ({"repetition_penalty": repetition_penalty} if repetition_penalty != 1 else {}))  # fmt: skip
+    opened = open_prompted(prompt, model, dtype, device)
+    used = template_of(opened.recipe, template, raw)
+    column = column or (opened.recipe.input_column if opened.recipe else None)
+    inputs = [example_of(text, used)] if text is not None else examples_of(str(file), used, column)
+    stream = text is not None and not as_json and num_beams == 1 and sys.stdout.isatty()
+    texts = answers(opened, inputs, decoding, stream=stream, frozen=frozen)
+    if not stream:
+        print_answers(inputs, texts, as_json=as_json, one_per_line=file is not None)
+
+
+@app.command("eval")
+def evaluate(
+    prompt: Prompt,
+    data: Annotated[str, typer.Option("--eval", help="Held-out data, in the form of the training data.")],
+    model: Model = None,
+    template: TemplateFlag = None,
+    input_column: Annotated[str | None, typer.Option("--input-column", help="[default: as trained]")] = None,
+    target_column: Annotated[str | None, typer.Option("--target-column", help="[default: as trained]")] = None,
+    split: Annotated[str, typer.Option("--split", help="Of a named data set.")] = "validation",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N rows.")] = None,
+    max_new_tokens: NewTokens = 64,
+    batch_size: BatchSize = 32,
+    frozen: Annotated[bool, typer.Option("--frozen/--no-frozen", help="Measure the bare model beside it.")] = True,
+    as_json: AsJson = False,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Measure a prompt on held-out data: loss, BLEU and chrF, or accuracy; the frozen model beside it."""
+    from softprompt.cli_output import print_scores
+    from softprompt.cli_use import EvalSettings, measure
+    from softprompt.prompted import open_prompted
+
+    settings = EvalSettings(data, template, input_column, target_column, split, limit, max_new_tokens, batch_size)
+    scores = measure(lambda: open_prompted(prompt, model, dtype, device), prompt, settings, frozen)
+    if as_json:
+        typer.echo(json.dumps(scores))
+    else:
+        print_scores(Console(), scores)
+
+
+@app.command()
+def show(
+    prompt: Annotated[Path, typer.Argument(help="Folder of a saved prompt, or a key-value file.")],
+    model: Model = None,
+    nearest: Annotated[int, typer.Option("--nearest", min=0, help="Nearest vocabulary tokens per virtual token.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a prompt is: method, size, base model, norms, and the tokens nearest to it."""
+    from softprompt.cli_output import print_facts
+    from softprompt.cli_use import facts_of
+
+    facts, note = facts_of(prompt, model, nearest)
+    if as_json:
+        typer.echo(json.dumps(facts.to_dict(), ensure_ascii=False))
+    else:
+        print_facts(Console(), prompt, facts, note)
+
+
+@app.command()
+def convert(
+    prompt: Annotated[Path, typer.Argument(help="Folder of a saved prompt, ours or PEFT's.")],
+    to: Annotated[str, typer.Option("--to", help="kv (one file), prefix (PEFT prefix tuning), or peft (safetensors).")],
+    out: Annotated[Path, typer.Option("--out", help="File (kv) or folder to write.")],
+    model: Model = None,
+) -> None:
+    """Convert a prompt: any front prompt to keys and values, old PEFT files to safetensors."""
+    from softprompt.cli_use import convert_prompt
+
+    typer.echo(convert_prompt(prompt, to, out, model))
+
+
+@app.command()
+def methods() -> None:
+    """List the methods with their papers and flags."""
+    from softprompt.cli_output import print_methods
+
+    print_methods(Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

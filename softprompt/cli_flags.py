@@ -1,0 +1,90 @@
+"""Command line flags from dataclass fields: a setting that a recipe or a method's config gains is a flag at once."""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import typer
+
+from softprompt.methods import METHODS
+from softprompt.recipe import Recipe
+
+RECIPE_OPTIONS = "method_options"  # the one field of a recipe that is a mapping; its members are flags of their own
+
+
+def recipe_parameters() -> list[inspect.Parameter]:
+    """One optional flag per field of a recipe; None means that it was not given."""
+    hints = typing.get_type_hints(Recipe)
+    fields = [field for field in dataclasses.fields(Recipe) if field.name != RECIPE_OPTIONS]
+    return [_parameter(field.name, hints[field.name], field.metadata.get("help", ""), "Recipe") for field in fields]
+
+
+def method_parameters() -> list[inspect.Parameter]:
+    """One optional flag per field with a help text in any method's config that is not a recipe's own setting."""
+    return [
+        _parameter(name, kind, f"{text} [{', '.join(methods)}]", "Method options")
+        for name, (kind, text, methods) in _method_fields().items()
+    ]
+
+
+def _method_fields() -> dict[str, tuple[Any, str, list[str]]]:
+    """Name → (type, help, methods that have it)."""
+    own = {field.name for field in dataclasses.fields(Recipe)}
+    found: dict[str, tuple[Any, str, list[str]]] = {}
+    for name, method in METHODS.items():
+        hints = typing.get_type_hints(method.config_class)
+        for field in dataclasses.fields(method.config_class):
+            if "help" in field.metadata and field.name not in own:
+                entry = found.setdefault(field.name, (hints[field.name], field.metadata["help"], []))
+                entry[2].append(name)
+    return found
+
+
+def method_flags(name: str) -> list[str]:
+    """The flags that belong to a method: `--prefix-projection`, …"""
+    return [_flag(field) for field, (_, _, methods) in _method_fields().items() if name in methods]
+
+
+def split_given(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was given of the recipe's own settings, and of the methods' options."""
+    options = _method_fields()
+    set_ones = {name: value for name, value in given.items() if value is not None and value != []}
+    return (
+        {name: value for name, value in set_ones.items() if name not in options},
+        {name: value for name, value in set_ones.items() if name in options},
+    )
+
+
+def with_parameters(parameters: Iterable[inspect.Parameter]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Replace a function's `**given` by named parameters, for typer, which reads signatures."""
+
+    def change(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function, eval_str=True)
+        kept = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        added = list(parameters)
+        function.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+        function.__annotations__ = {p.name: p.annotation for p in [*kept, *added]}
+        return function
+
+    return change
+
+
+def _parameter(name: str, kind: Any, text: str, panel: str) -> inspect.Parameter:
+    plain = _plain(kind)
+    flag = f"{_flag(name)}/--no-{_flag(name)[2:]}" if plain is bool else _flag(name)
+    option = typer.Option(None, flag, help=text, show_default=False, rich_help_panel=panel)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=plain | None)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _plain(kind: Any) -> Any:
+    """What a flag is parsed as: `int` for `int | None`, `str` for an enum; a list is given by repeating the flag."""
+    for option in typing.get_args(kind) or (kind,):
+        if option in (bool, int, float) or typing.get_origin(option) is list:
+            return option
+    return str

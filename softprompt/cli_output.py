@@ -1,0 +1,96 @@
+"""What the commands print: tables and short reports. Nothing here decides or computes."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from softprompt.cli_flags import method_flags
+from softprompt.inspect_prompt import PromptFacts, summary
+from softprompt.methods import METHODS
+
+if TYPE_CHECKING:
+    from softprompt.train import RunResult
+
+FORMATS = {"loss": ".3f", "perplexity": ".1f", "accuracy": ".2%", "bleu": ".1f", "chrf": ".1f"}
+NAMES = {"loss": "loss (nats per token)", "bleu": "BLEU", "chrf": "chrF", "tokens": "target tokens"}
+
+
+def print_result(console: Console, result: "RunResult") -> None:
+    """Scores before and after, where everything is, and what to type next."""
+    from softprompt.finish import generate_command
+
+    columns = {"frozen": result.frozen, "before training": result.start, "prompt": result.best}
+    print_scores(console, {name: scores for name, scores in columns.items() if scores})
+    console.print(f"{result.steps} steps in {result.seconds:.0f} s; kept: the prompt of step {result.best_step}")
+    console.print(f"Prompt and report: {escape(str(result.folder))}/ (report.html)", soft_wrap=True)
+    console.print(f"Next: {escape(generate_command(result.recipe))}", soft_wrap=True, highlight=False)
+
+
+def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]]) -> None:
+    """One row per metric, one column per model."""
+    if not scores:
+        return
+    titles = {"frozen": "frozen model", "prompt": "with the prompt"}
+    table = Table("metric", *[titles.get(name, name) for name in scores])
+    metrics = dict.fromkeys(metric for column in scores.values() for metric in column)
+    for metric in metrics:
+        cells = [_cell(metric, column.get(metric)) for column in scores.values()]
+        table.add_row(NAMES.get(metric, metric), *cells)
+    console.print(table)
+
+
+def _cell(metric: str, value: float | None) -> str:
+    return "–" if value is None else format(value, FORMATS.get(metric, ",.0f"))
+
+
+def print_facts(console: Console, prompt: Path, facts: PromptFacts, note: str = "") -> None:
+    """The page of `softprompt show`."""
+    table = Table("what", "value", show_header=False, title=escape(str(prompt)))
+    rows = {
+        "method": facts.method,
+        "task": facts.task or "–",
+        "base model": facts.base_model or "–",
+        "virtual tokens": str(facts.virtual_tokens),
+        "shape": " × ".join(map(str, facts.shape)),
+        "parameters": f"{facts.parameters:,}",
+        "of a task head": f"{facts.head_parameters:,}" if facts.head_parameters else "",
+        "on disk": f"{facts.bytes:,} bytes",
+        "norm of a virtual token": summary(facts.token_norms),
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, escape(value))
+    console.print(table)
+    if facts.layers:
+        _print_layers(console, facts)
+    if facts.nearest:
+        _print_nearest(console, facts)
+    if note:
+        console.print(note, soft_wrap=True)
+
+
+def _print_layers(console: Console, facts: PromptFacts) -> None:
+    table = Table("layer", "mean key norm", "mean value norm")
+    for number, layer in enumerate(facts.layers):
+        table.add_row(str(number), f"{layer.key:.3f}", f"{layer.value:.3f}")
+    console.print(table)
+
+
+def _print_nearest(console: Console, facts: PromptFacts) -> None:
+    table = Table("virtual token", "norm", "nearest tokens (cosine)")
+    for number, (norm, tokens) in enumerate(zip(facts.token_norms, facts.nearest, strict=True)):
+        table.add_row(str(number), f"{norm:.3f}", escape("  ".join(f"{token!r} {cos:.2f}" for token, cos in tokens)))
+    console.print(table)
+
+
+def print_methods(console: Console) -> None:
+    """The registry as a list: wide enough for whole addresses and flags on any terminal."""
+    for name, method in sorted(METHODS.items()):
+        document = (sys.modules[method.__module__].__doc__ or "").strip().splitlines() or [""]
+        console.print(f"[bold]{name}[/bold]  {escape(document[0])}", soft_wrap=True)
+        console.print(f"    flags: --num-virtual-tokens {' '.join(method_flags(name))}", soft_wrap=True)

@@ -1,0 +1,175 @@
+"""What the commands that use a saved prompt do, apart from flags and tables."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor
+
+from softprompt.checkpoint import load_adapter, save_adapter
+from softprompt.data import Example, LabelledExample, encode_all, encode_labels, expand, load_examples, load_labelled
+from softprompt.errors import ConfigError
+from softprompt.evaluate import evaluate_accuracy, evaluate_loss, generate_texts, pad_id, predict_labels, score_texts
+from softprompt.inspect_prompt import PromptFacts, describe, describe_kv, saved_kv
+from softprompt.loading import load_base, load_tokenizer
+from softprompt.methods import PrefixTuningConfig
+from softprompt.nearest import nearest_tokens
+from softprompt.prompt import KV
+from softprompt.prompted import Prompted, base_name, open_prompted, read_saved
+from softprompt.recipe import did_you_mean
+
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are written; `options` go to the model's `generate`."""
+
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+    options: dict[str, Any]
+
+
+def answers(
+    opened: Prompted, inputs: Sequence[Example], decoding: Decoding, stream: bool = False, frozen: bool = False
+) -> list[str]:
+    """One completion per input (a class name from a prompt that classifies); `stream` prints it while it is made."""
+    if opened.label_names is not None:
+        labelled = [LabelledExample(example.input, 0, example.where) for example in inputs]
+        rows = encode_labels(labelled, opened.tokenizer, opened.room)
+        places = predict_labels(opened.model, rows, decoding.batch_size, pad_id(opened.tokenizer))
+        return [opened.label_names[place] for place in places]
+    options = dict(decoding.options)
+    if stream:
+        from transformers import TextStreamer
+
+        options["streamer"] = TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore
+    torch.manual_seed(decoding.seed)
+    limit = opened.new_tokens(inputs, decoding.max_new_tokens)
+    with opened.model.disable_adapter() if frozen else nullcontext():
+        return generate_texts(opened.model, opened.tokenizer, inputs, limit, decoding.batch_size, **options)
+
+
+def print_answers(inputs: Sequence[Example], texts: Sequence[str], as_json: bool, one_per_line: bool) -> None:
+    """Plain text, one line per completion of a file; JSON keeps line breaks and the input."""
+    for example, text in zip(inputs, texts, strict=True):
+        if as_json:
+            typer.echo(json.dumps({"input": example.input, "output": text}, ensure_ascii=False))
+        else:
+            typer.echo(" ".join(text.split()) if one_per_line else text)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Of `softprompt eval`; what is None is taken from the run's recipe."""
+
+    data: str
+    template: str | None
+    input_column: str | None
+    target_column: str | None
+    split: str
+    limit: int | None
+    max_new_tokens: int
+    batch_size: int
+
+
+def measure(load: Callable[[], Prompted], prompt: Path, settings: EvalSettings, frozen: bool) -> Scores:
+    """Scores by the names `frozen` and `prompt`. The data is read before the model, so that its errors come first."""
+    saved, recipe = read_saved(prompt)
+    if settings.template is None and settings.input_column is None and settings.target_column is None and recipe:
+        settings = replace(settings, template=recipe.template, input_column=recipe.input_column,
+                           target_column=recipe.target_column)  # fmt: skip
+    if str(saved.config.task_type) == "SEQ_CLS":
+        return {"prompt": _accuracy(load(), settings)}
+    examples = load_examples(settings.data, settings.template, settings.input_column, settings.target_column,
+                             settings.split, settings.limit)  # fmt: skip
+    opened = load()
+    scores = {}
+    if frozen:
+        with opened.model.disable_adapter():
+            scores["frozen"] = _text_scores(opened, examples, settings)
+    scores["prompt"] = _text_scores(opened, examples, settings)
+    return scores
+
+
+def _text_scores(opened: Prompted, examples: Sequence[Example], settings: EvalSettings) -> dict[str, float]:
+    """Loss over every (input, target) pair, BLEU and chrF of one answer per input against all its references."""
+    pairs = encode_all(expand(examples), opened.tokenizer, opened.room)
+    loss = evaluate_loss(opened.model, pairs, settings.batch_size)
+    limit = opened.new_tokens(examples, settings.max_new_tokens)
+    texts = generate_texts(opened.model, opened.tokenizer, examples, limit, settings.batch_size)
+    return {**loss, **score_texts(texts, [example.targets for example in examples])}
+
+
+def _accuracy(opened: Prompted, settings: EvalSettings) -> dict[str, float]:
+    examples, _ = load_labelled(settings.data, settings.input_column, settings.target_column, settings.split,
+                                settings.limit, opened.label_names)  # fmt: skip
+    rows = encode_labels(examples, opened.tokenizer, opened.room)
+    return evaluate_accuracy(opened.model, rows, settings.batch_size, pad_id(opened.tokenizer))
+
+
+def facts_of(prompt: Path, model: str | None, nearest: int) -> tuple[PromptFacts, str]:
+    """Facts about a saved prompt or key-value file, and a remark on what would show more."""
+    if prompt.is_file():
+        return describe_kv(KV.load(prompt), prompt), ""
+    saved, recipe = read_saved(prompt)
+    facts = describe(saved, prompt)
+    if facts.layers or not nearest:
+        return facts, ""
+    if model is None and recipe is None:
+        return facts, "give --model to see the vocabulary tokens nearest to each virtual token"
+    name = base_name(model, recipe)
+    tokenizer = load_tokenizer(name)
+    words = load_base(name, tokenizer).get_input_embeddings().weight
+    assert isinstance(words, Tensor)
+    vectors = saved.tensors["prompt_embeddings"]
+    if vectors.shape[1] != words.shape[1]:
+        raise ConfigError(f"{prompt} has vectors of width {vectors.shape[1]}, but {name} has embeddings of width "
+                          f"{words.shape[1]}; give the base model it was made for")  # fmt: skip
+    return replace(facts, nearest=nearest_tokens(vectors, words.cpu(), tokenizer, nearest)), ""
+
+
+TARGETS = ("kv", "prefix", "peft")
+
+
+def convert_prompt(prompt: Path, to: str, out: Path, model: str | None) -> str:
+    """Write a prompt in another form; returns a line that says what was written."""
+    if to not in TARGETS:
+        raise ConfigError(f"--to {to} is not known{did_you_mean(to, TARGETS)}")
+    if to == "kv" and out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; give the name of a file, such as {out / 'prefix.safetensors'}")
+    if to != "kv" and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give the name of a folder")
+    if to == "peft":
+        saved = load_adapter(prompt)
+        save_adapter(out, saved.config, saved.tensors, saved.encoder)
+        return f"{out}: {saved.config.peft_type} as PEFT reads it"
+    kv = KV.load(prompt) if prompt.is_file() else _folded(prompt, model)
+    if to == "kv":
+        kv.save(out)
+        return f"{out}: keys and values of {kv.length} virtual tokens for {len(kv.layers)} layers"
+    save_adapter(out, _prefix_config(prompt, kv), {"prompt_embeddings": kv.flat()})
+    return f"{out}: PREFIX_TUNING with {kv.length} virtual tokens"
+
+
+def _folded(prompt: Path, model: str | None) -> KV:
+    """The keys and values of a saved prompt; one in input space runs through its base model once."""
+    saved, _ = read_saved(prompt)
+    kv = saved_kv(saved)
+    return kv if kv is not None else open_prompted(prompt, model).model.fold()
+
+
+def _prefix_config(prompt: Path, kv: KV) -> PrefixTuningConfig:
+    heads, tokens, size = kv.layers[0][0].shape[1:]
+    base = None if prompt.is_file() else load_adapter(prompt).config.base_model_name_or_path
+    return PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=tokens, token_dim=heads * size, num_layers=len(kv.layers),
+        num_attention_heads=heads, num_transformer_submodules=1, encoder_hidden_size=heads * size,
+        base_model_name_or_path=base, inference_mode=True,
+    )  # fmt: skip
