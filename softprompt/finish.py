@@ -106,6 +106,7 @@ def _summary(trainer: Trainer, result: RunResult) -> dict[str, Any]:
         "start": result.start,
         "best": result.best,
         "classifies": recipe.task == "SEQ_CLS",
+        "label_names": trainer.data.label_names,
         "train_examples": len(trainer.data.train),
         "eval_examples": len(trainer.data.held_out),
         "trainable_parameters": result.trainable_parameters,
