@@ -57,9 +57,10 @@ def load_base(
         auto = AutoModelForSequenceClassification
         options["id2label"] = dict(enumerate(label_names))
         options["label2id"] = {label: number for number, label in enumerate(label_names)}
+        options["ignore_mismatched_sizes"] = True  # a head for other labels is replaced, as a missing one is made
     path = resolve_model(name)
     try:
-        with _without_bars():
+        with _quiet():
             model = auto.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         raise _cannot_load("model", name, error) from None
@@ -69,13 +70,15 @@ def load_base(
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """No bar of transformers' own: a small model loads before one can be read."""
-    shown = logging.is_progress_bar_enabled()
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar, which a small model outruns, and its report that a new head is new."""
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

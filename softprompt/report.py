@@ -30,7 +30,7 @@ def write_report(folder: str | Path) -> Path:
 
 def render(run: RunFolder) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
     recipe = Recipe.from_yaml(run.path / RECIPE)
     summary, samples, rows = run.read_json(SUMMARY), run.read_json(SAMPLES), run.metrics()
@@ -46,7 +46,7 @@ def render(run: RunFolder) -> str:
             charts=charts(rows, summary),
             settings=settings(recipe),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, UndefinedError) as error:
         raise CheckpointError(f"{run.path / SUMMARY} lacks what a report needs ({error}); train again") from None
 
 

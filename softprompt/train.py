@@ -178,6 +178,11 @@ class Trainer:
         row: dict[str, Any] = {"step": 0, **_prefixed("frozen", self.progress.frozen)}
         self.progress.start = self._measure(row)
         self.folder.log(row)
+        if not math.isfinite(row.get("eval_loss", 0.0)):
+            raise TrainingError(
+                f"the held-out loss is {row['eval_loss']} before training; check the weights of {self.recipe.model}, "
+                "or use dtype: float32 if it is another one"
+            )
         display.evaluated(row)
         if on_step is not None:
             on_step(row)
