@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     except SoftPromptError as error:
         return _fail(str(error))
     except ClickException as error:
-        return _fail(_usage_message(error))
+        message = _usage_message(error)
+        return _fail(message) if message else 2  # without any arguments the help has been printed
     except BrokenPipeError:  # the reader of a pipe has gone, as `| head` does
         sys.stderr.close()
         return 0
@@ -96,7 +97,7 @@ def _fail(message: str, status: int = 2) -> int:
 def _usage_message(error: Any) -> str:
     message = error.format_message().rstrip(".")
     context = getattr(error, "ctx", None)
-    return f"{message}; see {context.command_path} --help" if context else message
+    return f"{message}; see {context.command_path} --help" if message and context else message
 
 
 def _os_message(error: OSError) -> str:

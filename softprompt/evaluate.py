@@ -38,7 +38,10 @@ def _batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list
 
 
 def evaluate_loss(model: nn.Module, encoded: Sequence[Encoded], batch_size: int = 32) -> dict[str, float]:
-    """`loss` in nats per target token (every token counts the same, whatever its batch), `perplexity`, `tokens`."""
+    """`loss` in nats per target token (every token counts the same, whatever its batch), `perplexity`, `tokens`.
+
+    Rows begin with at least one token of input, as `encode` makes them.
+    """
     if not encoded:
         raise DataError("there are no examples to evaluate; give at least one")
     total, tokens = 0.0, 0
