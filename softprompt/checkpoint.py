@@ -81,13 +81,13 @@ def save_adapter(
     plain = _plain(tensors)
     check_layouts(folder / WEIGHTS_NAME, _layouts(plain), shapes, config.modules_to_save)
     check_finite(folder / WEIGHTS_NAME, plain)
-    files: dict[str, bytes | None] = {WEIGHTS_NAME: _pack(plain), ENCODER_NAME: None, CONFIG_NAME: text}
+    kept = None
     if encoder is not None and tuple(encoder) != ("embedding.weight",):
-        kept = _plain(encoder)
-        check_layouts(folder / ENCODER_NAME, _layouts(kept), _encoder_shapes(config, folder / CONFIG_NAME), None)
-        check_finite(folder / ENCODER_NAME, kept)
-        files[ENCODER_NAME] = _pack(kept, {_PROMPT_DIGEST: _digest(plain, shapes)})
-    write_files(folder, files)
+        state = _plain(encoder)
+        check_layouts(folder / ENCODER_NAME, _layouts(state), _encoder_shapes(config, folder / CONFIG_NAME), None)
+        kept = _pack(check_finite(folder / ENCODER_NAME, state), {_PROMPT_DIGEST: _digest(plain, shapes)})
+    # an old encoder goes first: should the machine stop half-way, what is left is a prompt without one, never a mixture
+    write_files(folder, [(ENCODER_NAME, None), (WEIGHTS_NAME, _pack(plain)), (ENCODER_NAME, kept), (CONFIG_NAME, text)])
 
 
 def load_adapter(
@@ -127,7 +127,7 @@ def load_config(path_or_hub_id: str | Path, revision: str | None = None, **optio
 
 def write_config(folder: Path, config: PromptConfig) -> None:
     """Write `adapter_config.json` alone. Raises CheckpointError."""
-    write_files(Path(folder), {CONFIG_NAME: config_to_json(config).encode()})
+    write_files(Path(folder), [(CONFIG_NAME, config_to_json(config).encode())])
 
 
 def check_fits(saved: SavedAdapter, geometry: Geometry) -> None:
@@ -157,7 +157,7 @@ def check_fits(saved: SavedAdapter, geometry: Geometry) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file, whole or not at all. Raises CheckpointError."""
     plain = check_finite(Path(path), _plain(tensors))
-    write_files(Path(path).parent, {Path(path).name: _pack(plain)})
+    write_files(Path(path).parent, [(Path(path).name, _pack(plain))])
 
 
 def read_kv_file(path: Path) -> list[tuple[Tensor, Tensor]]:
@@ -165,20 +165,22 @@ def read_kv_file(path: Path) -> list[tuple[Tensor, Tensor]]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file; fold a prompt and save it there first.")
-    tensors = read_any_tensors(path)
-    layers = len(tensors) // 2
-    names = {f"{part}.{index}" for part in ("key", "value") for index in range(layers)}
-    if not tensors or set(tensors) != names:
-        raise CheckpointError(f"{path} is not a key-value prompt file: it holds {', '.join(sorted(tensors)[:4])} ….")
-    length = tensors["key.0"].shape[1] if tensors["key.0"].dim() == 3 else -1
-    for name, tensor in tensors.items():
-        heads = tensors[name.replace("value", "key")].shape[:1]
-        if tensor.dim() != 3 or 0 in tensor.shape or tensor.shape[1] != length or tensor.shape[:1] != heads:
+    tensors = read_any_tensors(path, lambda found: _check_kv(path, {name: shape for name, (shape, _) in found.items()}))
+    return [(tensors[f"key.{index}"], tensors[f"value.{index}"]) for index in range(len(tensors) // 2)]
+
+
+def _check_kv(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    names = {f"{part}.{index}" for part in ("key", "value") for index in range(len(shapes) // 2)}
+    if not shapes or set(shapes) != names:
+        raise CheckpointError(
+            f"{path} is not a key-value prompt file; it holds {', '.join(sorted(shapes)[:4]) or 'nothing'}."
+        )
+    length = shapes["key.0"][1] if len(shapes["key.0"]) == 3 else -1
+    for name, shape in shapes.items():
+        if len(shape) != 3 or 0 in shape or shape[1] != length or shape[0] != shapes[name.replace("value", "key")][0]:
             raise CheckpointError(
-                f"{path}: {name} has shape {list(tensor.shape)}, not [heads, {length} virtual tokens, head size]; save "
-                f"the prompt again."
+                f"{path}: {name} has shape {list(shape)}, not [heads, {length} virtual tokens, size]; save it again."
             )
-    return [(tensors[f"key.{index}"], tensors[f"value.{index}"]) for index in range(layers)]
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

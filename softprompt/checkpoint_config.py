@@ -23,6 +23,7 @@ CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_COUNT = 1_000_000  # no width, length or number of layers of a real model comes near
 MAX_LAYERS = 10_000
+MAX_DEPTH = 10
 
 # What PEFT 0.21 writes for its prompt methods. These are always written; any other field of a config is ours alone,
 # and is written only when it says something, because PEFT warns about names it does not know.
@@ -52,8 +53,10 @@ def config_to_json(config: PromptConfig) -> str:
         if each.name not in PEFT_FIELDS and values[each.name] == _default(each):
             del values[each.name]
     tokenizer_kwargs = values.get("tokenizer_kwargs")
-    if isinstance(tokenizer_kwargs, dict):
-        values["tokenizer_kwargs"] = _without_risks(tokenizer_kwargs)
+    if isinstance(tokenizer_kwargs, dict):  # PEFT refuses them beside any other start than a text
+        values["tokenizer_kwargs"] = (
+            _without_risks(tokenizer_kwargs) if values.get("prompt_tuning_init") == "TEXT" else None
+        )
     return json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -124,9 +127,22 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is nested too deeply; that is no adapter config.") from error
     except ValueError as error:  # bad UTF-8, bad JSON, a number of thousands of digits, or one of the hooks
         raise CheckpointError(f"{path} is not valid JSON ({error}); save or copy the adapter again.") from error
+    if _depth_exceeds(values, MAX_DEPTH):
+        raise CheckpointError(f"{path} is nested too deeply; that is no adapter config.")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds {_show(values)} instead of a JSON object; save or copy the adapter again.")
     return values
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    """Whether lists and objects in a JSON value stand more than `limit` deep in each other."""
+    level = [value]
+    for _ in range(limit + 1):
+        nested = [each for each in level if isinstance(each, list | dict)]
+        level = [inner for each in nested for inner in (each.values() if isinstance(each, dict) else each)]
+        if not level:
+            return False
+    return True
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

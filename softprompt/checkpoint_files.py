@@ -3,7 +3,7 @@
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,17 @@ def locate(
     subfolder = check_subfolder(subfolder or "")
     if not str(asked) or "\0" in str(asked):
         raise CheckpointError(f"{str(asked)!r} is not the path of an adapter; give its folder or a hub id.")
-    if Path(asked).is_dir():
-        return partial(_find_local, Path(asked), subfolder, _cache_blobs(Path(asked)))
-    if Path(asked).exists():
-        raise CheckpointError(f"{asked} is a file; give the folder that holds {CONFIG_NAME}.")
-    if Path(asked).is_absolute() or (Path(asked).parent != Path() and Path(asked).parent.is_dir()):
-        raise CheckpointError(f"there is no folder {asked}; check the path.")  # plainly a path: do not ask the hub
+    path = Path(asked)
+    try:
+        if path.is_dir():
+            return partial(_find_local, path, subfolder, _cache_blobs(path))
+        plainly_a_path = path.is_absolute() or (path.parent != Path() and path.parent.is_dir())
+        if path.exists():
+            raise CheckpointError(f"{asked} is a file; give the folder that holds {CONFIG_NAME}.")
+    except OSError as error:  # no permission, or a name longer than names can be
+        raise CheckpointError(f"{str(asked)[:200]} cannot be read: {reason(error)}.") from error
+    if plainly_a_path:
+        raise CheckpointError(f"there is no folder {asked}; check the path.")  # asking the hub would take its time
     options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     return partial(_find_on_hub, str(asked), subfolder, options)
 
@@ -91,7 +96,7 @@ def _find_on_hub(repo_id: str, subfolder: str, options: Mapping[str, Any], name:
     return file_inside(path.parent, path.name, roots=(Path(options["cache_dir"] or HF_HUB_CACHE),))
 
 
-def write_files(folder: Path, contents: Mapping[str, bytes | None]) -> None:
+def write_files(folder: Path, contents: Sequence[tuple[str, bytes | None]]) -> None:
     """Put files into `folder` in the order given, all or none; None takes a file away.
 
     Everything is first written beside its place under another name and flushed to the disk, then renamed. Whatever
@@ -101,11 +106,11 @@ def write_files(folder: Path, contents: Mapping[str, bytes | None]) -> None:
     mark = f".{secrets.token_hex(6)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in contents:
+        for name, _ in contents:
             if (folder / name).is_dir():
                 raise CheckpointError(f"{folder / name} is a folder, so no file can be saved there; move it away.")
         try:
-            for name, data in contents.items():
+            for name, data in contents:
                 if data is not None:
                     _write(folder / f"{mark}.{name}.new", data)
             _swap(folder, contents, mark)
@@ -127,14 +132,15 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _swap(folder: Path, contents: Mapping[str, bytes | None], mark: str) -> None:
+def _swap(folder: Path, contents: Sequence[tuple[str, bytes | None]], mark: str) -> None:
     """Rename the new files into place; on any failure rename the old ones back."""
     touched: list[str] = []
     try:
-        for name, data in contents.items():
-            if (folder / name).is_file():
-                _duplicate(folder / name, folder / f"{mark}.{name}.old")
-            touched.append(name)
+        for name, data in contents:
+            if name not in touched:
+                if (folder / name).is_file():
+                    _duplicate(folder / name, folder / f"{mark}.{name}.old")
+                touched.append(name)
             if data is None:
                 (folder / name).unlink(missing_ok=True)
             else:

@@ -93,9 +93,14 @@ def read_tensors(
     return check_finite(path, read(path, lambda found: check_layouts(path, found, shapes, heads)))
 
 
-def read_any_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a `.safetensors` file whose names and shapes the caller will check. Raises CheckpointError."""
-    return check_finite(path, _read_safetensors(path, lambda found: _check_types(path, found)))
+def read_any_tensors(path: Path, check: Callable[[dict[str, Layout]], None]) -> dict[str, Tensor]:
+    """Every tensor of a `.safetensors` file whose names and shapes `check` accepts. Raises CheckpointError."""
+
+    def check_all(found: dict[str, Layout]) -> None:
+        check(found)
+        _check_types(path, found)
+
+    return check_finite(path, _read_safetensors(path, check_all))
 
 
 def read_metadata(path: Path) -> dict[str, str]:

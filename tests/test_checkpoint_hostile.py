@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from softprompt.checkpoint import load_adapter, load_config, save_adapter
@@ -149,6 +147,8 @@ BAD_JSON: list[tuple[bytes, str]] = [
     (b"{}", "does not say its 'peft_type'"),
     (b"[" * 400_000, "nested too deeply"),
     (b'{"a":' * 150_000, "nested too deeply"),
+    (b"[" * 500 + b"]" * 500, "nested too deeply"),
+    (b'{"auto_mapping": ' + b"[" * 300 + b"]" * 300 + b"}", "nested too deeply"),
     (b'{"peft_type": "PREFIX_TUNING", "peft_type": "LORA"}', 'the field "peft_type" is given twice'),
     (b'{"auto_mapping": {"a": "1", "a": "2"}}', 'the field "a" is given twice'),
     (b'{"token_dim": NaN}', "NaN is not a number"),
@@ -339,53 +339,3 @@ def test_a_subfolder_that_is_a_link_out(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "hub" / "fr").symlink_to(adapter)
     with pytest.raises(CheckpointError, match="link out of its folder"):
         load_adapter(tmp_path / "hub", subfolder="fr")
-
-
-# Damage everywhere ---------------------------------------------------------------------------------------------------
-
-
-def finite_or_refused(folder: Path) -> bool:
-    """Whether the adapter loads; then its numbers are finite. Any other exception fails the test."""
-    try:
-        saved = load_adapter(folder)
-    except CheckpointError:
-        return False
-    assert all(torch.isfinite(tensor).all() for tensor in saved.tensors.values())
-    return True
-
-
-@pytest.mark.parametrize("name", [*NAMES, "adapter_model.bin"])
-def test_every_truncation_is_refused(adapter: Path, name: str) -> None:
-    if name == "adapter_model.bin":
-        store(adapter, {"prompt_embeddings": TABLE}, "bin")
-    data = (adapter / name).read_bytes()
-    for length in range(0, len(data) - (1 if name.endswith("json") else 0), 1 if len(data) < 1000 else 7):
-        (adapter / name).write_bytes(data[:length])
-        assert not finite_or_refused(adapter), f"{name} cut to {length} of {len(data)} bytes"
-
-
-@pytest.mark.parametrize("name", [*NAMES, "adapter_model.bin"])
-@example(changes=[(0, 255)])
-@given(changes=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=4))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_flipped_bytes(adapter: Path, name: str, changes: list[tuple[int, int]]) -> None:
-    for each in ("adapter_model.safetensors", "adapter_model.bin"):
-        (adapter / each).unlink(missing_ok=True)
-    save_adapter(adapter, CONFIG, {"prompt_embeddings": TABLE})
-    if name == "adapter_model.bin":
-        store(adapter, {"prompt_embeddings": TABLE}, "bin")
-    data = bytearray((adapter / name).read_bytes())
-    for place, value in changes:
-        data[place % len(data)] = value
-    (adapter / name).write_bytes(data)
-    finite_or_refused(adapter)
-
-
-def test_every_byte_of_the_header_flipped(adapter: Path) -> None:
-    """Each bit of the length, and each byte of the JSON behind it."""
-    path = adapter / "adapter_model.safetensors"
-    data = path.read_bytes()
-    for place in range(len(data) - TABLE.numel() * 4):
-        for flip in (1, 2, 16, 128):
-            path.write_bytes(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
-            finite_or_refused(adapter)

@@ -185,6 +185,21 @@ def test_a_setting_that_peft_does_not_have_is_named_by_its_warning(tmp_path: Pat
     assert_same(ours, theirs, "gpt2")
 
 
+def test_class_labels_load_in_peft(tmp_path: Path) -> None:
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    options = {
+        "prompt_tuning_init": "CLASS_LABELS",
+        "class_labels": ["red house", "dog"],
+        "tokenizer_name_or_path": str(tmp_path / "tokenizer"),
+        "tokenizer_kwargs": {"use_fast": True},
+    }
+    ours = softprompt.get_peft_model(tiny.build("gpt2"), config(softprompt, "gpt2", "prompt_tuning", **options))
+    ours.save_pretrained(tmp_path / "ours")
+    with pytest.warns(UserWarning, match="class_labels"):
+        theirs = peft.PeftModel.from_pretrained(tiny.build("gpt2"), str(tmp_path / "ours"))
+    assert_same(ours, theirs, "gpt2")
+
+
 def test_a_head_on_a_decoder(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
