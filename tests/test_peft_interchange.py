@@ -248,3 +248,15 @@ def test_a_config_reads_the_same_in_both_libraries(tmp_path: Path) -> None:
     assert softprompt.PromptEncoderConfig.from_pretrained(tmp_path) == replace(
         written, inference_mode=True, peft_version=peft.__version__
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_goes_on_where_it_stopped(tmp_path: Path, method: str) -> None:
+    """With the encoder kept, three steps, a save and three more are six steps (each time with a new optimizer)."""
+    ours = softprompt.get_peft_model(tiny.build("bert"), config(softprompt, "bert", method))
+    train(ours, "bert")
+    ours.save_pretrained(tmp_path, keep_encoder=True)
+    again = SoftPromptModel.from_pretrained(tiny.build("bert"), tmp_path, is_trainable=True)
+    train(ours, "bert")
+    train(again, "bert")
+    torch.testing.assert_close(outputs(again, "bert"), outputs(ours, "bert"), atol=1e-6, rtol=0)
