@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RunInterrupted as error:
         return _fail(str(error), status=130)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; nothing was saved after the last message", status=130)
+        status = 130
     except SoftPromptError as error:
         return _fail(str(error))
     except ClickException as error:
@@ -78,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         if "out of memory" not in str(error) and "not enough memory" not in str(error):
             raise
         return _fail("there is not enough memory; use a smaller --batch-size or a smaller model")
+    if status == 130:  # typer turns Ctrl-C into this status, in some versions without a word
+        return _fail("interrupted", status)
     return status if isinstance(status, int) else 0
 
 
