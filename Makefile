@@ -23,11 +23,11 @@ help:
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PY) -m venv $(VENV)
 	$(PIP) '$(PIP_TORCH)'
-	$(PIP) -c constraints.txt -e '.[report,data]'
+	$(PIP) -c constraints.txt -e '.[data]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(PIP) -c constraints.txt -e '.[report,data,dev]'
+	$(PIP) -c constraints.txt -e '.[data,dev]'
 	@touch $@
 
 setup: $(VENV)/.dev
@@ -56,7 +56,7 @@ floor: $(VENV)/.floor
 $(VENV)/.floor: pyproject.toml constraints-floor.txt
 	$(PY) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints-floor.txt)"
-	$(PIP) -c constraints-floor.txt -e '.[report,data,dev]'
+	$(PIP) -c constraints-floor.txt -e '.[data,dev]'
 	@touch $@
 
 bench: $(VENV)/.dev

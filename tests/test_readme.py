@@ -56,13 +56,19 @@ def test_python_example_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_commands_run(tmp_path: Path) -> None:
+    """The commands in order, each as it stands, with fewer steps."""
+    small = {
+        "train": ["--steps", "4", "--train-limit", "64", "--eval-limit", "16", "--samples", "1"],
+        "eval": ["--max-new-tokens", "8"],
+    }
     (tmp_path / "softprompt").symlink_to(ROOT / "softprompt", target_is_directory=True)
     commands = block("README.md", "shell").replace("\\\n", " ").splitlines()
     assert len(commands) >= 6
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "softprompt"
-        assert run([sys.executable, "-m", "softprompt.cli", *arguments], tmp_path).strip()
+        settings = small.get(arguments[0], [])
+        assert run([sys.executable, "-m", "softprompt.cli", *arguments, *settings], tmp_path).strip()
 
 
 def test_make_targets_exist() -> None:
