@@ -3,7 +3,7 @@ PY        ?= python3
 VENV      ?= .venv
 PIP_TORCH ?= torch==2.13.0
 JOBS      ?= 2
-OUT       ?= demo-run
+OUT       ?= runs/demo
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 

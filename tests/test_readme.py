@@ -112,7 +112,7 @@ def test_first_run_is_generated_and_its_commands_exist() -> None:
 
     page = (ROOT / "docs" / "first-run.md").read_text(encoding="utf-8")
     assert page.startswith(load_script("record_first_run").MARKER)
-    used = re.findall(r"^[ $│]*softprompt ([a-z]+)\b", page, re.MULTILINE)
+    used = re.findall(r"^[ $]*(?:[\w./-]+/)?softprompt ([a-z]+)\b", page, re.MULTILINE)
     assert used, "the demo prints what to type next"
     assert set(used) <= set(getattr(get_command(app), "commands", {}))
 
