@@ -223,8 +223,8 @@ def load_labelled(
     """
     rows = read_rows(source, split, limit)
     label_column = label_column or "label"
-    text_column = text_column or _only_other_column(rows[0], label_column)
     values = [_column(row, label_column) for row in rows]
+    text_column = text_column or _only_other_column(rows[0], label_column)
     names = list(label_names) if label_names else _label_names(rows, values, label_column)
     numbers = {name: index for index, name in enumerate(names)}
     labelled = []
