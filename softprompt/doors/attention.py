@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from softprompt.errors import UnsupportedError
+from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.positions import true_positions
 from softprompt.prompt import KV
 
@@ -47,6 +49,9 @@ class Opening:
 
 
 _OPENING: ContextVar[Opening | None] = ContextVar("softprompt_opening", default=None)
+_LOCK = Lock()
+_ROUTED: "WeakKeyDictionary[PreTrainedModel, list[Any]]" = WeakKeyDictionary()
+"""Base models whose attention goes through the door now: `[how many openings, [(config, its own backend)]]`."""
 
 
 class AttentionDoor:
@@ -57,6 +62,7 @@ class AttentionDoor:
         self.index: dict[nn.Module, int] = {}
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self.position_offset = 0
+        self.learned_positions: int | None = None
         self._configs = _configs(base)
 
     @contextmanager
@@ -75,34 +81,64 @@ class AttentionDoor:
     @contextmanager
     def _active(self, opening: Opening) -> Iterator[None]:
         """Route attention through the door: switch the implementation's name, set the opening, undo both."""
-        before = [config._attn_implementation for config in self._configs]
+        self._route()
         token = _OPENING.set(opening)
         try:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = _wrapped(name)
             yield
         finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = name
             _OPENING.reset(token)
+            self._route_back()
+
+    def _route(self) -> None:
+        """Switch the names to the door's. Threads may share the model: the first in switches, the last out undoes."""
+        with _LOCK:
+            before = _ROUTED.get(self.base)
+            if before is None:
+                names = [(config, config._attn_implementation) for config in self._configs]
+                wrapped = [_wrapped(name) for _, name in names]  # may refuse, before anything is changed
+                for (config, _), name in zip(names, wrapped, strict=True):
+                    config._attn_implementation_internal = name
+                before = [0, names]
+                _ROUTED[self.base] = before
+            before[0] += 1
+
+    def _route_back(self) -> None:
+        with _LOCK:
+            routed = _ROUTED[self.base]
+            routed[0] -= 1
+            if routed[0] == 0:
+                for config, name in routed[1]:
+                    config._attn_implementation_internal = name
+                del _ROUTED[self.base]
 
     def _shift_positions(self, opening: Opening, shift: int) -> Callable[..., Any]:
         """A pre-hook on the base model: positions counted from the mask, moved behind the prefix."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            if _OPENING.get() is not opening:  # another thread's call of the same model
+                return args, kwargs
             inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs.get("inputs_embeds")
             if inputs is None and args:
                 inputs = args[0]
             given = kwargs.get("position_ids")
             if given is not None:
-                opening.positions = given + shift
-                return args, {**kwargs, "position_ids": opening.positions}
-            assert inputs is not None
-            counted = true_positions(inputs, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
-            opening.positions = counted + shift
+                opening.positions = given - self.position_offset + shift
+            else:
+                assert inputs is not None
+                counted = true_positions(inputs, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
+                opening.positions = counted + shift
+            self._check_room(opening.positions, shift)
             return args, {**kwargs, "position_ids": opening.positions + self.position_offset}
 
         return hook
+
+    def _check_room(self, positions: Tensor, shift: int) -> None:
+        """Learned positions end: say so before the table is read beyond its end."""
+        if self.learned_positions is not None and int(positions.max()) >= self.learned_positions:
+            raise ConfigError(
+                f"position {int(positions.max())} is needed, {shift} of them for virtual tokens, but this model has "
+                f"learned {self.learned_positions} positions only; shorten the text or use fewer virtual tokens."
+            )
 
     def _checkpointing(self, opening: Opening, direct: bool) -> Callable[[], None]:
         """Make recomputation in the backward pass see this opening, whenever and however checkpointing was enabled.
@@ -127,6 +163,8 @@ class AttentionDoor:
         tensors = [part for pair in opening.prefix.layers for part in pair] if opening.prefix else []
 
         def checkpointed(layer: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            if _OPENING.get() is not opening:
+                return run(layer, *args, **options)
             positions = opening.positions
 
             def replay(*everything: Any) -> Any:
@@ -174,8 +212,11 @@ def _wrapped(name: str | None) -> str:
 def _attention_through(backend: str) -> Callable[..., Any]:
     """The attention function registered for one backend; same arguments and results as transformers' own."""
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
         plain = _eager_of(module) if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
+        mask = attention_mask  # some families pass it by this name
         opening = _OPENING.get()
         if opening is None:
             return plain(module, query, key, value, mask, **kwargs)
