@@ -15,6 +15,6 @@ def fold(door: AttentionDoor, prompt: Embeddings) -> KV:
     vectors = prompt.vectors.to(word_table(door.base))
     inputs: dict[str, torch.Tensor] = {"inputs_embeds": vectors}
     if door.takes_positions:
-        inputs["position_ids"] = torch.arange(prompt.length, device=vectors.device)[None]
+        inputs["position_ids"] = torch.arange(prompt.length, device=vectors.device)[None] + door.position_offset
     recording, _ = record(door, inputs)
     return KV(tuple(recording.layers))

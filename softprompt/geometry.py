@@ -17,11 +17,11 @@ def word_table(base: PreTrainedModel) -> Tensor:
 
 
 def record(door: AttentionDoor, inputs: dict[str, Tensor]) -> tuple[Recording, Tensor]:
-    """Run the model's body (no head) and take down every layer's keys and values; also its last hidden states."""
+    """Run the model's body (no head) and take down every layer's keys and values; also its first output."""
     recording = Recording()
     with door.open(None, recording):
         output = door.base.base_model(**inputs, use_cache=False, return_dict=True)
-    return recording, output.last_hidden_state
+    return recording, output[0]
 
 
 @torch.no_grad()
@@ -44,18 +44,51 @@ def probe(door: AttentionDoor) -> Geometry:
             f"{type(base).__name__} does not attend through transformers' AttentionInterface, so there is no door into "
             "it yet; families such as gpt2, llama, mistral, qwen, gemma, opt, gpt_neox, bert and roberta do."
         )
+    causal = _same(hidden[0, 0], other[0, 0])
+    _check_door_tells_all(door, first, causal)
     door.index = {module: number for number, module in enumerate(first.modules)}
     door.position_offset = _position_offset(base)
     config = base.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    context = None if context is None else context - door.position_offset
+    learned = _position_table(base) is not None
+    door.learned_positions = context if learned else None
     return Geometry(
         layers=tuple(_shape(pair, window) for pair, window in zip(first.layers, first.windows, strict=True)),
-        hidden_size=hidden.shape[-1],
+        hidden_size=word_table(base).shape[1],  # ELECTRA's embeddings, say, are narrower than its layers
         query_heads=config.num_attention_heads,
-        causal=torch.equal(hidden[0, 0], other[0, 0]),
-        context=getattr(config, "max_position_embeddings", None),
-        learned_positions=_position_table(base) is not None,
+        causal=causal,
+        context=context,
+        learned_positions=learned,
         position_offset=door.position_offset,
     )
+
+
+def _check_door_tells_all(door: AttentionDoor, recording: Recording, causal: bool) -> None:
+    """UnsupportedError where keys and values at shifted positions are not all that a prompt changes in a model."""
+    base, kind = door.base, type(door.base).__name__
+    layers = base.config.get_text_config().num_hidden_layers
+    if base._is_stateful or (causal and len(recording.modules) < layers):
+        raise UnsupportedError(
+            f"{kind} attends through transformers' AttentionInterface in {len(recording.modules)} of {layers} layers "
+            "and keeps a state of another kind, which a prompt does not reach; use a model of attention layers alone."
+        )
+    if len(set(recording.modules)) < len(recording.modules):
+        raise UnsupportedError(
+            f"{kind} runs the same attention layer several times, which a prompt cannot tell apart yet; use a model "
+            "whose layers each have their own."
+        )
+    if causal and not door.takes_positions:
+        raise UnsupportedError(
+            f"{kind}.forward takes no position_ids, so real tokens cannot be moved behind a prompt; use a model that "
+            "takes them, such as gpt2, llama, mistral, qwen, gemma, opt or gpt_neox."
+        )
+
+
+def _same(first: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding: experts, say, may put the same token through kernels of another batch size."""
+    tolerance = 1e-4 if first.dtype in (torch.float32, torch.float64) else 2e-2
+    return bool((first - other).float().norm() <= tolerance * first.float().norm())
 
 
 def _shape(pair: tuple[Tensor, Tensor], window: int | None) -> LayerShape:

@@ -32,7 +32,10 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a probe forward pass found out about a base model (never read from a list of config key names)."""
+    """What a probe forward pass found out about a base model (never read from a list of config key names).
+
+    `hidden_size` is the width of the input embeddings, `context` the number of tokens that have a position.
+    """
 
     layers: tuple[LayerShape, ...]
     hidden_size: int
