@@ -5,6 +5,8 @@ its own back. Nothing is wrapped, so the base model's module names never change.
 """
 
 import copy
+from collections.abc import Callable
+from typing import Self
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -56,6 +58,12 @@ class Heads(nn.Module):
         for path, original in self.__dict__["originals"].items():
             parent, _, name = path.rpartition(".")
             setattr(base.get_submodule(parent), name, chosen.get(path, original))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Modules that wait outside the base model move along with it (`.to`, `.half()`, …)."""
+        for original in self.__dict__["originals"].values():
+            original._apply(fn)
+        return super()._apply(fn, recurse)
 
     def requires_grad(self, adapter: str, trains: bool) -> None:
         self.copies[adapter].requires_grad_(trains)

@@ -45,7 +45,6 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
             )
         door = AttentionDoor(model)
         geometry = probe(door)
-        model.requires_grad_(False)
         self.base_model = model
         self.__dict__["door"] = door  # not a submodule, and it refers to the base model
         self.geometry = geometry
@@ -55,6 +54,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         self.active_adapter = adapter_name
         self._enabled = True
         self.add_adapter(adapter_name, peft_config)
+        model.requires_grad_(False)  # last: a config that does not fit leaves the model as it was
         self.set_adapter(adapter_name)
 
     # ---- adapters ------------------------------------------------------------------------------------------------
@@ -66,7 +66,6 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         if adapter_name in self.peft_config:
             raise ConfigError(f"an adapter named {adapter_name!r} is there already; delete it or choose another name.")
         self._install(adapter_name, config, self._build(config))
-        self._set_trainable(self.active_adapter)
 
     def _fill(self, config: PromptConfig) -> PromptConfig:
         method = _method_of(config)
@@ -87,8 +86,12 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         return encoder.to(device=word_table(self.base_model).device, dtype=torch.float32)
 
     def _install(self, name: str, config: PromptConfig, encoder: SoftPrompt) -> None:
-        self.heads.add(name, config)  # the only step that can fail comes first
-        self.prompt_encoder[name] = encoder
+        for path in self.heads.paths(config):  # the steps that can fail come first
+            if any(module in self.door.index for module in self.base_model.get_submodule(path).modules()):
+                raise ConfigError(f"modules_to_save names {path!r}, which holds attention layers; name heads only.")
+        self.heads.add(name, config)
+        self.heads.requires_grad(name, False)
+        self.prompt_encoder[name] = encoder.requires_grad_(False)
         self.peft_config[name] = config
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -185,23 +188,29 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         past_key_values: Any = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the base model's `forward`; `position_ids` and `past_key_values` count real tokens only.
 
-        The loss of a language model also counts a row's first real token (predicted by the last virtual token) where
-        its label is not −100.
+        The loss of a language model also counts a row's first real token (predicted by the last virtual token of an
+        embedding method) where its label is not −100. With a label for every token no cache is returned.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
-                 "labels": labels, "position_ids": position_ids, "past_key_values": past_key_values}  # fmt: skip
+                 "labels": labels, "position_ids": position_ids, "token_type_ids": token_type_ids,
+                 "past_key_values": past_key_values}  # fmt: skip
         inputs = {name: value for name, value in given.items() if value is not None} | kwargs
+        as_tuple = not (self.base_model.config.return_dict if return_dict is None else return_dict)
+        output = self._forward({**inputs, "return_dict": True})
+        return output.to_tuple() if as_tuple else output
+
+    def _forward(self, inputs: dict[str, Any]) -> Any:
+        """`forward` on the inputs that were given, always with a `ModelOutput`."""
         if not self._enabled:
             return self.base_model(**inputs)
-        if inputs.pop("return_dict", None) is False:
-            return self.forward(**inputs).to_tuple()
         prompt = self.encoder().prompt()
-        self._check_room(prompt.length, inputs)
         if self.geometry.causal and not _labels_tokens(inputs):
             with self.door.open(self._as_kv(prompt)):
                 return self.base_model(**inputs)
@@ -215,11 +224,11 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
             embedded = inputs.get("inputs_embeds")
             if embedded is None:
                 embedded = self.base_model.get_input_embeddings()(inputs["input_ids"])
-            inputs, placement = put_in_front(inputs, placement, vectors, embedded)
-            if self.geometry.causal:
-                _without_cache(inputs)
+            inputs, placement = put_in_front(inputs, placement, vectors, embedded, self.geometry)
+        if self.geometry.causal:
+            _without_cache(inputs)
         with self.door.open(kv):
-            return placement.restore(self.base_model(**inputs, return_dict=True))
+            return placement.restore(self.base_model(**inputs))
 
     def _divide(self, prompt: Embeddings | KV, inputs: dict[str, Any]) -> tuple[KV | None, Tensor | None]:
         """What of a prompt goes through the attention door, and what stands in the rows, `[1, n, d]`.
@@ -236,20 +245,6 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         before = Embeddings(prompt.vectors[:, :-1])
         return fold(self.door, before) if before.length else None, prompt.vectors[:, -1:]
 
-    def _check_room(self, length: int, inputs: dict[str, Any]) -> None:
-        """Learned positions end: say so before the table is read beyond its end."""
-        context = self.geometry.context
-        if context is None or not self.geometry.learned_positions:
-            return
-        ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-        mask = inputs.get("attention_mask")
-        tokens = mask.shape[-1] if isinstance(mask, Tensor) else ids.shape[1] if ids is not None else 0
-        if length + tokens > context:
-            raise ConfigError(
-                f"{length} virtual and {tokens} real tokens do not fit into this model's {context} learned positions; "
-                "shorten the input or the prompt."
-            )
-
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's `generate`, with the active prompt in front; caches hold real tokens only."""
@@ -257,9 +252,6 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
             return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
         with _evaluating(self.encoder()):
             kv = self._as_kv(self.encoder().prompt())
-        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
-        if isinstance(ids, Tensor):
-            self._check_room(kv.length, {"input_ids": ids})
         with self.door.open(kv):
             return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
@@ -391,7 +383,7 @@ def _labels_tokens(inputs: dict[str, Any]) -> bool:
 
 
 def _without_cache(inputs: dict[str, Any]) -> None:
-    """A cache would hold the virtual token that stands in the row as if it were a real one."""
+    """A cache would hold the row as it was rearranged, and its virtual token as if it were a real one."""
     if inputs.get("past_key_values") is not None:
         raise ConfigError("labels and past_key_values together: the loss needs the whole row, so pass no cache.")
     inputs["use_cache"] = False

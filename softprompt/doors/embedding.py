@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt.prompt import Geometry
+
 PER_TOKEN_OUTPUTS = ("logits", "last_hidden_state", "hidden_states", "start_logits", "end_logits")
 PER_PAIR_OUTPUTS = ("attentions",)
+COLUMN_INPUTS = ("start_positions", "end_positions")
 PER_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels")
 
 
@@ -55,11 +58,21 @@ def arrange(inputs: dict[str, Any]) -> tuple[dict[str, Any], Placement]:
     moved = {
         name: _take(value, order, 1) if _per_token(name, value, tokens) else value for name, value in inputs.items()
     }
+    for name in COLUMN_INPUTS:
+        if name in inputs:
+            moved[name] = _follow(inputs[name], order)
     return moved, Placement(order, 0, tokens)
 
 
+def _follow(columns: Tensor, order: Tensor) -> Tensor:
+    """Where the columns `[B]` have gone; those outside a row, which a loss ignores, stay outside."""
+    inside = (columns >= 0) & (columns < order.shape[1])
+    moved = order.argsort(dim=1).gather(1, columns.where(inside, 0)[:, None])[:, 0]
+    return moved.where(inside, columns)
+
+
 def put_in_front(
-    inputs: dict[str, Any], placement: Placement, vectors: Tensor, embedded: Tensor
+    inputs: dict[str, Any], placement: Placement, vectors: Tensor, embedded: Tensor, geometry: Geometry
 ) -> tuple[dict[str, Any], Placement]:
     """`vectors` `[1, n, d]` before `embedded` `[B, T, d]`, with mask, labels, types and positions to match."""
     rows, count = embedded.shape[0], vectors.shape[1]
@@ -69,12 +82,34 @@ def put_in_front(
         value = inputs.get(name)
         if _per_token(name, value, placement.tokens):
             assert isinstance(value, Tensor)
-            result[name] = torch.cat([value.new_full((rows, count), filler), value], dim=1)
+            result[name] = torch.cat([value.new_full((value.shape[0], count), filler), value], dim=1)
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        result["attention_mask"] = _widen_square(mask, count, geometry.causal)
     positions = inputs.get("position_ids")
     if positions is not None:
-        first = positions[:, :1] + torch.arange(count, device=positions.device)
-        result["position_ids"] = torch.cat([first, positions + count], dim=1)
+        first = torch.arange(count, device=positions.device) + geometry.position_offset
+        result["position_ids"] = torch.cat([first.expand(positions.shape[0], -1), positions + count], dim=1)
+    for name in COLUMN_INPUTS:
+        if name in inputs:
+            result[name] = inputs[name] + count
     return result, Placement(placement.order, count, placement.tokens)
+
+
+def _widen_square(mask: Tensor, count: int, causal: bool) -> Tensor:
+    """A mask `[B, h|1, T, T]` with `count` virtual tokens in front, which every token sees.
+
+    They see each other (in order, on a causal model), and on an encoder whatever any token sees.
+    """
+    hidden = False if mask.dtype is torch.bool else torch.finfo(mask.dtype).min
+    between = mask.new_full((count, count), not hidden if mask.dtype is torch.bool else 0)
+    real = mask.amax(dim=2, keepdim=True) if not causal else mask.new_full((*mask.shape[:2], 1, mask.shape[3]), hidden)
+    if causal:
+        between = between.masked_fill(torch.ones_like(between, dtype=torch.bool).triu(1), hidden)
+    shape = (*mask.shape[:2], count)
+    top = torch.cat([between.expand(*shape, -1), real.expand(*shape, -1)], dim=-1)
+    left = between[-1:, :].expand(*mask.shape[:3], -1)
+    return torch.cat([top, torch.cat([left, mask], dim=-1)], dim=2)
 
 
 def _length(inputs: dict[str, Any]) -> int:
