@@ -33,6 +33,7 @@ def parse_enum(enum: type[E], value: "E | str", name: str) -> E:
     """`value` as a member of `enum`; strings of any case are accepted. Raises ConfigError naming the choices."""
     if isinstance(value, enum):
         return value
+    value = getattr(value, "value", value)  # PEFT's own enums are taken too
     for member in enum:
         if str(value).upper() == str(member.value).upper():
             return member

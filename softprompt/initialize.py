@@ -29,7 +29,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
 def _cache_to_kv(cache: Any) -> KV:
     layers = getattr(cache, "layers", None)
     if layers is not None:
-        pairs = [(layer.keys, layer.values) for layer in layers]
+        pairs = [_first_tokens(layer, cache.get_seq_length(number)) for number, layer in enumerate(layers)]
     elif isinstance(cache, list | tuple):
         pairs = [(layer[0], layer[1]) for layer in cache]
     else:
@@ -46,6 +46,16 @@ def _cache_to_kv(cache: Any) -> KV:
         if key.shape != pairs[0][0].shape or value.shape != pairs[0][1].shape:
             raise ConfigError(f"layers of different shapes, {tuple(key.shape)} and {tuple(pairs[0][0].shape)}.")
     return KV(tuple(pairs))
+
+
+def _first_tokens(layer: Any, seen: int) -> tuple[Any, Any]:
+    """Key and value of the tokens a cache's layer has seen; a static cache is longer, a sliding one may be shorter."""
+    if isinstance(layer.keys, Tensor) and layer.keys.shape[2] < seen:
+        raise ConfigError(
+            f"past_key_values holds the last {layer.keys.shape[2]} of {seen} tokens in a layer with a sliding window, "
+            "not the first ones; give a text no longer than the window."
+        )
+    return (layer.keys[:, :, :seen], layer.values[:, :, :seen]) if isinstance(layer.keys, Tensor) else (None, None)
 
 
 @torch.no_grad()
