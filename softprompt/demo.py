@@ -135,12 +135,13 @@ def _softprompt(console: Console, arguments: list[str], shown: str) -> str:
     """Standard output of a ``softprompt`` command in a process of its own."""
     console.print(f"$ {escape(shown)}", soft_wrap=True)
     code = "import sys; from softprompt.cli import main; sys.exit(main())"
+    places = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
         encoding="utf-8",
-        env=os.environ | {"PYTHONUTF8": "1"},
+        env=os.environ | {"PYTHONUTF8": "1", "PYTHONPATH": os.pathsep.join(places)},  # also from a plain checkout
         check=False,
     )
     if done.returncode:

@@ -97,6 +97,7 @@ def _summary(trainer: Trainer, result: RunResult) -> dict[str, Any]:
     model, recipe = trainer.model, trainer.recipe
     vectors = model.prompt_vectors()
     words = model.get_base_model().get_input_embeddings().weight
+    assert isinstance(words, torch.Tensor)
     return {
         "method": recipe.method,
         "base_name": recipe.model,

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from softprompt.charts import Series, line_chart, smooth
 from softprompt.errors import CheckpointError
-from softprompt.recipe import Recipe
+from softprompt.recipe import EMBEDDED, Recipe
 from softprompt.run_folder import RECIPE, REPORT, SAMPLES, SUMMARY, RunFolder
 
 TEMPLATE = "report.html.j2"
@@ -45,9 +45,17 @@ def render(run: RunFolder) -> str:
             tiles=tiles(recipe, summary),
             charts=charts(rows, summary),
             settings=settings(recipe),
+            base=base_words(recipe.model),
         )
     except (KeyError, TypeError, UndefinedError) as error:
         raise CheckpointError(f"{run.path / SUMMARY} lacks what a report needs ({error}); train again") from None
+
+
+def base_words(model: str) -> str:
+    """How the page calls the base model: a folder by its own name, a hub name in full."""
+    if model == EMBEDDED:
+        return "the embedded model"
+    return f"the model {Path(model).name if Path(model).is_dir() else model}"
 
 
 def tiles(recipe: Recipe, summary: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -63,7 +71,7 @@ def tiles(recipe: Recipe, summary: Mapping[str, Any]) -> list[dict[str, str]]:
         remark = f"{_number(frozen['perplexity'])} by the frozen model" if frozen else "per target token"
         found.append(_tile(_number(best["perplexity"]), "held-out perplexity", remark))
     share = summary["saved_parameters"] / max(1, summary["base_parameters"])
-    found.append(_tile(f"{summary['saved_parameters']:,}", "numbers saved", f"{share:.2%} of the frozen model's"))
+    found.append(_tile(f"{summary['saved_parameters']:,}", "parameters saved", f"{share:.2%} of the frozen model's"))
     speed = f"{summary['tokens_per_s']:,.0f} tokens/s"
     found.append(_tile(_duration(summary["seconds"]), "of training", f"{summary['steps']:,} steps, {speed}"))
     return found
@@ -85,6 +93,7 @@ def charts(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> lis
         ("Held-out accuracy", [Series("accuracy", _points(rows, "eval_accuracy"), "eval")]),
         ("Learning rate", [Series("learning rate", _points(rows, "lr"), "train")]),
         ("Gradient norm", [Series("gradient norm", smooth(_points(rows, "grad_norm"), 0.02), "train")]),
+        ("Tokens per second", [Series("tokens per second", smooth(_points(rows, "tokens_per_s")), "train")]),
     ]
     drawn = []
     for title, series in wanted:
@@ -128,5 +137,5 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+        return f"{hours}:{minutes:02d} h"
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, final
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +28,8 @@ from softprompt.recipe import Recipe
 
 EVAL_PAIRS = 400  # held-out pairs scored during training unless the recipe says otherwise; `softprompt eval` takes all
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -34,7 +38,7 @@ class RunData:
     train: Sequence[Encoded] | Sequence[EncodedLabel]
     held_out: Sequence[Encoded] | Sequence[EncodedLabel]
     shown: Sequence[Example] | Sequence[LabelledExample]
-    label_names: list[str] | None
+    label_names: list[str] | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -51,64 +55,89 @@ class RunData:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(ABC):
     """Training and held-out examples as read, before any tokenizer."""
 
-    train: list[Example] | list[LabelledExample]
-    held_out: list[Example] | list[LabelledExample]
     label_names: list[str] | None = None
 
+    @abstractmethod
     def texts(self) -> list[str]:
-        """The training examples as plain text, input and target."""
-        return [example.text if isinstance(example, LabelledExample) else _whole(example) for example in self.train]
+        """The training examples as plain text, to start a prompt from."""
+
+    @abstractmethod
+    def encode(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> RunData:
+        """Tokenise once. ``context`` is the model's length in tokens; the prompt takes its share of it."""
+
+
+@final
+@dataclass
+class TextSource(Source):
+    """Inputs with targets to write: one training example per reference, held-out examples with all of theirs."""
+
+    train: list[Example]
+    held_out: list[Example]
+
+    @classmethod
+    def read(cls, recipe: Recipe) -> TextSource:
+        columns = (recipe.template, recipe.input_column, recipe.target_column)
+        train = expand(load_examples(recipe.train, *columns, limit=recipe.train_limit))
+        return cls(train, load_examples(recipe.eval, *columns, split="validation") if recipe.eval else [])
+
+    def texts(self) -> list[str]:
+        return [_as_text(example) for example in self.train]
+
+    def encode(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> RunData:
+        length = _row_length(recipe, context)
+        pairs = _spread(expand(self.held_out), recipe.eval_limit or EVAL_PAIRS)
+        shown = _spread(self.held_out or self.train, recipe.samples)
+        return RunData(encode_all(self.train, tokenizer, length), encode_all(pairs, tokenizer, length), shown)
+
+
+@final
+@dataclass
+class LabelSource(Source):
+    """Texts with classes to choose; the held-out classes are numbered as the training ones."""
+
+    train: list[LabelledExample]
+    held_out: list[LabelledExample]
+    label_names: list[str] | None
+
+    @classmethod
+    def read(cls, recipe: Recipe) -> LabelSource:
+        columns = (recipe.input_column, recipe.target_column)
+        train, names = load_labelled(recipe.train, *columns, limit=recipe.train_limit)
+        held_out: list[LabelledExample] = []
+        if recipe.eval:
+            held_out, _ = load_labelled(recipe.eval, *columns, split="validation", label_names=names)
+        return cls(train, held_out, names)
+
+    def texts(self) -> list[str]:
+        return [example.text for example in self.train]
+
+    def encode(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> RunData:
+        length = _row_length(recipe, context)
+        held_out = _spread(self.held_out, recipe.eval_limit or len(self.held_out))
+        shown = _spread(self.held_out or self.train, recipe.samples)
+        train, scored = (encode_labels(part, tokenizer, length) for part in (self.train, held_out))
+        return RunData(train, scored, shown, self.label_names)
 
 
 def read_source(recipe: Recipe) -> Source:
-    """Read the files of a recipe. Held-out references are all kept; training examples are one per reference."""
-    if recipe.task == "SEQ_CLS":
-        return _read_labelled(recipe)
-    options = {"template": recipe.template, "input_column": recipe.input_column, "target_column": recipe.target_column}
-    train = expand(load_examples(recipe.train, **options, limit=recipe.train_limit))
-    held_out = load_examples(recipe.eval, **options, split="validation") if recipe.eval else []
-    return Source(train, held_out)
+    """Read the files of a recipe, in the form that its task needs."""
+    return LabelSource.read(recipe) if recipe.task == "SEQ_CLS" else TextSource.read(recipe)
 
 
-def _read_labelled(recipe: Recipe) -> Source:
-    columns = {"text_column": recipe.input_column, "label_column": recipe.target_column}
-    train, names = load_labelled(recipe.train, **columns, limit=recipe.train_limit)
-    if not recipe.eval:
-        return Source(train, [], names)
-    held_out, _ = load_labelled(recipe.eval, **columns, split="validation", label_names=names)
-    return Source(train, held_out, names)
-
-
-def encode_source(recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizerBase, context: int) -> RunData:
-    """Tokenise once. ``context`` is the model's length in tokens; the prompt takes its share of it."""
-    room = recipe.num_virtual_tokens or 0
-    length = min(recipe.max_length or context - room, context - room)
-    limit = recipe.eval_limit or EVAL_PAIRS
-    shown = source.held_out or source.train
-    shown = [shown[number] for number in spread(len(shown), recipe.samples)]  # type: ignore[assignment]
-    if recipe.task == "SEQ_CLS":
-        train = encode_labels(source.train, tokenizer, length)  # type: ignore[arg-type]
-        held_out = [source.held_out[number] for number in spread(len(source.held_out), recipe.eval_limit or 10**9)]
-        return RunData(train, encode_labels(held_out, tokenizer, length), shown, source.label_names)
-    train = encode_all(source.train, tokenizer, length)  # type: ignore[arg-type]
-    pairs = expand(source.held_out)  # type: ignore[arg-type]
-    held_out = encode_all([pairs[number] for number in spread(len(pairs), limit)], tokenizer, length)
-    return RunData(train, held_out, shown, None)
-
-
-def _whole(example: Example) -> str:
-    return example.input + example.border + example.targets[0]
+def context_length(geometry: Geometry, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest sequence, in tokens, that both the model and its tokenizer were made for."""
+    model = geometry.context - geometry.position_offset if geometry.context else 10**6
+    return min(model, tokenizer.model_max_length)
 
 
 def starting_text(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> str:
     """Training examples, one per line in an order drawn from ``seed``, as many as fill ``tokens`` tokens."""
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    order: list[int] = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     text, used = "", 0
-    while used == 0 or len(tokenizer(text, verbose=False)["input_ids"]) <= tokens:  # type: ignore[arg-type]
+    while used == 0 or _count(text, tokenizer) <= tokens:
         text += texts[order[used % len(order)]] + "\n"
         used += 1
     return text
@@ -123,11 +152,27 @@ def vocabulary_text(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) 
         drawn = torch.randint(len(tokenizer), (2 * tokens,), generator=generator).tolist()
         words += [number for number in drawn if number not in special]
         text = str(tokenizer.decode(words))
-        if len(tokenizer(text, verbose=False)["input_ids"]) > tokens:  # type: ignore[arg-type]
+        if _count(text, tokenizer) > tokens:
             return text
 
 
-def context_length(geometry: Geometry, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest sequence, in tokens, that both the model and its tokenizer were made for."""
-    model = geometry.context - geometry.position_offset if geometry.context else 10**6
-    return min(model, tokenizer.model_max_length)
+def _as_text(example: Example) -> str:
+    if example.messages:
+        return "\n".join(turn["content"] for turn in example.messages)
+    return example.input + example.border + example.targets[0]
+
+
+def _count(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a text without special ones; asked quietly, since a tokenizer warns of texts beyond its length."""
+    ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return len(ids)
+
+
+def _row_length(recipe: Recipe, context: int) -> int:
+    """How many real tokens a row may have."""
+    room = context - (recipe.num_virtual_tokens or 0)
+    return min(recipe.max_length or room, room)
+
+
+def _spread(items: Sequence[T], limit: int) -> list[T]:
+    return [items[number] for number in spread(len(items), limit)]

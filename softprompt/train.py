@@ -27,7 +27,7 @@ from softprompt.loading import load_base, load_tokenizer
 from softprompt.model import SoftPromptModel
 from softprompt.progress import StopRequest, TrainingProgress
 from softprompt.recipe import Recipe, require_paths
-from softprompt.run_data import RunData, context_length, encode_source, read_source
+from softprompt.run_data import RunData, context_length, read_source
 from softprompt.run_folder import RECIPE, RunFolder
 
 # Settings that may differ between a run and its continuation, because no trained number depends on them.
@@ -135,7 +135,7 @@ class Trainer:
         torch.manual_seed(recipe.seed)  # a classification head is drawn while loading
         base = load_base(recipe.model, tokenizer, source.label_names, recipe.dtype, recipe.device)
         model = build_prompt(recipe, base, tokenizer, source.texts(), start=state is None)
-        data = encode_source(recipe, source, tokenizer, context_length(model.geometry, tokenizer))
+        data = source.encode(recipe, tokenizer, context_length(model.geometry, tokenizer))
         trainer = cls(recipe, folder, model, tokenizer, data, console)
         folder.make()
         folder.write_text(RECIPE, recipe.to_yaml())

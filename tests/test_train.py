@@ -104,12 +104,12 @@ def test_a_run_lowers_the_held_out_loss_and_writes_its_folder(workplace: Path, t
 def test_what_is_saved_is_what_was_measured(workplace: Path, tmp_path: Path) -> None:
     from softprompt.evaluate import evaluate_loss
     from softprompt.loading import load_base, load_tokenizer
-    from softprompt.run_data import encode_source, read_source
+    from softprompt.run_data import read_source
 
     result = train(recipe(workplace, tmp_path / "run"))
     tokenizer = load_tokenizer(result.recipe.model)
     base = load_base(result.recipe.model, tokenizer, device="cpu")
-    data = encode_source(result.recipe, read_source(result.recipe), tokenizer, tiny.CONTEXT)
+    data = read_source(result.recipe).encode(result.recipe, tokenizer, tiny.CONTEXT)
     loaded = SoftPromptModel.from_pretrained(base, result.folder)
     assert evaluate_loss(loaded, data.held_out)["loss"] == pytest.approx(result.best["loss"], abs=1e-6)  # type: ignore[arg-type]
 
@@ -320,7 +320,7 @@ def test_nothing_is_written_when_the_start_fails(workplace: Path, tmp_path: Path
     wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ConfigError, r"no method 'prefix_tunin'; did you mean 'prefix_tuning'\?", {"method": "prefix_tunin"}),
         (ConfigError, r"unknown field 'encoder_hidden'; did you mean", {"method_options": {"encoder_hidden": 1}}),
-        (ConfigError, "there is no folder /nonexistent/model", {"model": "/nonexistent/model"}),
+        (ConfigError, "there is no model folder /nonexistent/model", {"model": "/nonexistent/model"}),
         (DataError, "none.jsonl", {"train": str(tmp_path / "none.jsonl")}),
         (DataError, "does not fit", {"max_length": 2}),
         (ConfigError, "device 'cuda:99' cannot be used", {"device": "cuda:99"}),
