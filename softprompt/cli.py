@@ -13,7 +13,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from softprompt.cli_flags import RECIPE_OPTIONS, method_parameters, recipe_parameters, split_given, with_parameters
+from softprompt.cli_flags import (
+    RECIPE_OPTIONS,
+    check_options,
+    method_parameters,
+    recipe_parameters,
+    split_given,
+    with_parameters,
+)
 from softprompt.errors import ConfigError, RunInterrupted, SoftPromptError
 
 app = typer.Typer(
@@ -141,7 +148,11 @@ def build_recipe(path: str | None, resume: bool, given: dict[str, Any]) -> Any:
     stored = values.get(RECIPE_OPTIONS) or {}
     if not isinstance(stored, dict):
         raise ConfigError(f"{path}: {RECIPE_OPTIONS} is {stored!r}; it must be a mapping of names to values")
-    return Recipe.from_dict({**values, **settings, RECIPE_OPTIONS: {**stored, **options}}, where=path or "the command")
+    recipe = Recipe.from_dict(
+        {**values, **settings, RECIPE_OPTIONS: {**stored, **options}}, where=path or "the command"
+    )
+    check_options(recipe.method, options)
+    return recipe
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from softprompt.errors import ConfigError
 from softprompt.methods import METHODS
 from softprompt.recipe import Recipe
 
@@ -55,6 +56,14 @@ def split_given(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         {name: value for name, value in set_ones.items() if name not in options},
         {name: value for name, value in set_ones.items() if name in options},
     )
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """ConfigError for a flag that belongs to other methods than the one chosen."""
+    for name in options:
+        owners = _method_fields()[name][2]
+        if method in METHODS and method not in owners:
+            raise ConfigError(f"{_flag(name)} is an option of {' and '.join(owners)}, not of {method}; leave it out")
 
 
 def with_parameters(parameters: Iterable[inspect.Parameter]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

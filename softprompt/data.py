@@ -69,9 +69,9 @@ def encode_all(
         if len(start) + len(target) > room:
             beside = f" beside {room_for_prompt} virtual tokens" if room_for_prompt else ""
             raise DataError(
-                f"{example.where} does not fit: its input takes {len(start)} tokens and its target "
-                f"{len(target)}, but a length of {max_length} leaves {max(room, 0)}{beside}; shorten or "
-                "drop the row, or allow a greater length if the model has it"
+                f"{example.where} does not fit: its input takes {len(start)} tokens and its target {len(target)}, but "
+                f"there is room for {max(room, 0)}{beside}; shorten or drop the row, or allow a greater length if the "
+                "model has it"
             )
         encoded.append(Encoded(start + target, [IGNORED] * len(start) + target))
     return encoded
@@ -95,8 +95,8 @@ def encode_labels(
             ids = list(tokenizer(example.text, truncation=True, max_length=room)["input_ids"])  # pyright: ignore
         elif len(ids) > room:
             raise DataError(
-                f"{example.where} does not fit: its text takes {len(ids)} tokens, but a length of "
-                f"{max_length} leaves {max(room, 0)}; shorten or drop the row"
+                f"{example.where} does not fit: its text takes {len(ids)} tokens, but there is room for "
+                f"{max(room, 0)}; shorten or drop the row"
             )
         encoded.append(EncodedLabel(ids, example.label))
     return encoded
@@ -111,9 +111,9 @@ def input_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -
         if not example.messages and ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
             encoded[index] = ids = ids[:-1]
         if not ids:
+            where = "" if example.where == "the input" else f"{example.where}: "
             raise DataError(
-                f"{example.where}: the input is empty and this tokenizer adds no start token; "
-                "begin with at least one word"
+                f"{where}the input is empty and this tokenizer adds no start token; begin with at least one word"
             )
     return encoded
 

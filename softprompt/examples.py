@@ -121,8 +121,8 @@ def load_examples(
 
 
 def _column_example(row: Row, input_column: str, target_column: str) -> Example:
-    text, border = _split_border(_scalar(row, input_column))
-    return Example(text, _texts(row, target_column), border=border, where=row.where)
+    text, border = _split_border(_scalar(row, input_column, _remedy(row)))
+    return Example(text, _texts(row, target_column, _remedy(row)), border=border, where=row.where)
 
 
 def input_example(row: Row, template: Template | None = None, input_column: str | None = None) -> Example:
@@ -135,7 +135,7 @@ def input_example(row: Row, template: Template | None = None, input_column: str 
         answer = [{"role": "assistant", "content": ""}] if asked else []
         return _chat_example(Row(row.where, {"messages": messages + answer}) if asked else row)
     else:
-        text, border = _split_border(_scalar(row, input_column or "input"))
+        text, border = _split_border(_scalar(row, input_column or "input", _remedy(row)))
     return Example(text, ("",), border=border, where=row.where)
 
 
@@ -159,24 +159,30 @@ def _turn(row: Row, message: Any) -> dict[str, str]:
     return {key: _checked(message.get(key), row, f"messages.{key}") for key in ("role", "content")}
 
 
-def _column(row: Row, name: str) -> Any:
+def _column(row: Row, name: str, remedy: str = "name one of these") -> Any:
     """The value of a column or, where that is missing, of its plural."""
     for column in (name, f"{name}s"):
         if column in row.values:
             return row.values[column]
+    there = ", ".join(str(column) for column in row.values) or "none"
+    raise DataError(f'{row.where} has no column "{name}"; its columns are {there}: {remedy}')
+
+
+def _remedy(row: Row) -> str:
+    """For rows read by two columns: the template that would read this row."""
     there = [str(column) for column in row.values]
-    hint = f'; a template says what is input and target, e.g. "{{{there[0]}}} => {{{there[-1]}}}"' if there[1:] else ""
-    raise DataError(f'{row.where} has no column "{name}"; its columns are {", ".join(there) or "none"}{hint}')
+    example = f'"{{{there[0]}}} => {{{there[-1]}}}"' if there[1:] else '"{first} => {second}"'
+    return f"name two of these, or give a template such as {example}"
 
 
-def _scalar(row: Row, column: str) -> str:
-    value = _column(row, column)
+def _scalar(row: Row, column: str, remedy: str = "name one of these") -> str:
+    value = _column(row, column, remedy)
     return _checked(str(value) if _is_number(value) else value, row, column)
 
 
-def _texts(row: Row, column: str) -> tuple[str, ...]:
+def _texts(row: Row, column: str, remedy: str = "name one of these") -> tuple[str, ...]:
     """The references in a column: one text, or a list of at least one."""
-    value = _column(row, column)
+    value = _column(row, column, remedy)
     texts = value if isinstance(value, list | tuple) else [value]
     if not texts:
         raise DataError(f'{row.where}: column "{column}" is an empty list; give at least one reference or drop the row')
@@ -223,7 +229,7 @@ def load_labelled(
     """
     rows = read_rows(source, split, limit)
     label_column = label_column or "label"
-    values = [_column(row, label_column) for row in rows]
+    values = [_column(row, label_column, "name the one that holds the class") for row in rows]
     text_column = text_column or _only_other_column(rows[0], label_column)
     names = list(label_names) if label_names else _label_names(rows, values, label_column)
     numbers = {name: index for index, name in enumerate(names)}

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from softprompt.errors import ConfigError
-from softprompt.recipe import EMBEDDED
+from softprompt.recipe import DTYPES, EMBEDDED
 
 
 def resolve_model(name: str) -> str:
@@ -34,7 +34,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model, with a pad token (the end token where it has none of its own)."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged folder raises anything from KeyError to the parsers' own types
         raise _cannot_load("tokenizer", name, error) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -51,6 +53,8 @@ def load_base(
     device: str = "auto",
 ) -> PreTrainedModel:
     """The base model in eval mode; with ``label_names`` one that classifies, its head new and seeded by the caller."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     auto: Any = AutoModelForCausalLM
     if label_names is not None:
@@ -62,7 +66,9 @@ def load_base(
     try:
         with _quiet():
             model = auto.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged folder raises anything from KeyError to the parsers' own types
         raise _cannot_load("model", name, error) from None
     if model.config.pad_token_id is None:  # a classifying decoder finds its last real token by this
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -98,8 +104,16 @@ def pick_device(name: str) -> torch.device:
 
 def _cannot_load(what: str, name: str, error: Exception) -> ConfigError:
     place = Path(resolve_model(name))
-    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    if not place.exists():
-        remedy = "give the folder of a model, or a hub name that can be reached"
-        return ConfigError(f"there is no folder {name}, and as a hub name it has no usable {what} ({reason}); {remedy}")
-    return ConfigError(f"the {what} in {place} cannot be loaded ({reason}); check the folder")
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:")
+    if "mismatched" in reason:
+        reason = "its weights have other shapes than its config says"
+    elif isinstance(error, LookupError):
+        reason = f"{type(error).__name__} {reason}"
+    if place.is_dir() and not (place / "config.json").is_file():
+        return ConfigError(f"{place} holds no model (it has no config.json); give a model's folder")
+    if place.exists():
+        return ConfigError(f"the {what} in {place} cannot be loaded ({reason}); check the folder")
+    if place.is_absolute() or len(place.parts) > 2:  # no name on the hub looks like that
+        return ConfigError(f"there is no model folder {name}; check the path")
+    remedy = "give the folder of a model, or a hub name that can be reached"
+    return ConfigError(f"there is no folder {name}, and as a hub name it has no usable {what} ({reason}); {remedy}")

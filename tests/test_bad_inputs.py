@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,14 @@ class Bench:
 
     def eval(self, data: Path, *flags: Any) -> tuple[Any, ...]:
         return ("eval", "--model", self.base, "--prompt", self.prompt, "--eval", data, *flags)
+
+    def damaged(self) -> Path:
+        """A copy of the base model whose weights are cut short."""
+        copy = self.folder / "damaged"
+        shutil.copytree(self.base, copy)
+        weights = copy / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-40])
+        return copy
 
     def spoilt(self, change: Callable[[Path], None]) -> Path:
         """A copy of the good prompt with something wrong in it."""
@@ -154,7 +163,7 @@ CASES: dict[str, tuple[Callable[[Bench], tuple[Any, ...]], tuple[str, ...]]] = {
     ),
     "option of another method": (
         lambda b: b.train("--method", "prompt_tuning", "--prefix-projection"),
-        ("prefix_projection", "prompt_tuning_init"),
+        ("--prefix-projection is an option of prefix_tuning, not of prompt_tuning",),
     ),
     "negative learning rate": (
         lambda b: b.train("--learning-rate", "-0.1"),
@@ -178,8 +187,11 @@ CASES: dict[str, tuple[Callable[[Bench], tuple[Any, ...]], tuple[str, ...]]] = {
         ("steps is 'ten'", "whole number"),
     ),
     "no such recipe": (lambda b: ("train", b.folder / "r.yaml"), ("no recipe", "r.yaml")),
-    "no such model": (lambda b: (*b.train(), "--model", b.folder / "model"), ("no folder", "model")),
-    "folder without a model": (lambda b: (*b.train(), "--model", b.folder), ("cannot be loaded",)),
+    "no such model": (lambda b: (*b.train(), "--model", b.folder / "model"), ("no model folder", "check")),
+    "no such model on the hub": (lambda b: (*b.train(), "--model", "no/such"), ("no folder no/such", "hub name")),
+    "folder without a model": (lambda b: (*b.train(), "--model", b.folder), ("holds no model", "config.json")),
+    "a damaged model": (lambda b: (*b.train(), "--model", b.damaged()), ("the model in", "cannot be loaded")),
+    "no such number format": (lambda b: (*b.generate(b.prompt), "--dtype", "int8"), ("dtype is 'int8'", "bfloat16")),
     "no such device": (lambda b: b.train("--device", "warp"), ("device 'warp' cannot be used", "auto")),
     # the run folder
     "out is a file": (lambda b: b.train(out=b.write("file", "x")), ("file is a file", "choose another")),
@@ -206,7 +218,7 @@ CASES: dict[str, tuple[Callable[[Bench], tuple[Any, ...]], tuple[str, ...]]] = {
     "no input": (lambda b: b.generate(b.prompt, "--max-new-tokens", 4), ("--input", "--file")),
     "two inputs": (lambda b: b.generate(b.prompt, "--input", "a", "--file", b.rows), ("--input", "--file")),
     "empty input": (lambda b: b.generate(b.prompt, "--input", ""), ("the input is empty",)),
-    "input too long": (lambda b: b.generate(b.prompt, "--input", "the cat " * 100), ("the input takes", "shorten")),
+    "input too long": (lambda b: b.generate(b.prompt, "--input", "the cat " * 100), ("takes 201 tokens", "shorten")),
     "input file without the column": (lambda b: b.generate(b.prompt, "--file", b.rows), ('no column "input"',)),
     "fields as plain text": (
         lambda b: b.generate(b.prompt, "--input", "cat", "--template", "{a} {b} => {c}"),

@@ -114,7 +114,11 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("broken.jsonl", b'{"input": "a", "target": "b"}\n{"input": "a"\n', "line 2 is not valid JSON"),
     ("list.jsonl", b'["a", "b"]\n', "line 1 holds a list"),
     ("deep.jsonl", b"[" * 100_000 + b"\n", "line 1 is"),
-    ("missing.jsonl", b'{"mr": "a", "refs": ["b"]}\n', 'no column "input"; its columns are mr, refs; a template'),
+    (
+        "missing.jsonl",
+        b'{"mr": "a", "refs": ["b"]}\n',
+        'no column "input"; mr, refs: name two of these, or give a template such as',
+    ),
     ("null.jsonl", b'{"input": "a", "target": null}\n', 'line 1: column "target" must be text, not None'),
     ("flag.jsonl", b'{"input": true, "target": "x"}\n', 'column "input" must be text, not True'),
     ("none.jsonl", b'{"input": "a", "target": []}\n', "empty list"),
@@ -277,7 +281,7 @@ def test_what_does_not_fit_names_row_and_lengths() -> None:
     example = Example("the cat", ("sat on the mat " * 20,), where="train.jsonl line 7")
     fits = len(encode(example, tokenizer, 1000).input_ids)
     assert len(encode(example, tokenizer, fits + 20, room_for_prompt=20).input_ids) == fits
-    with pytest.raises(DataError, match=rf"train\.jsonl line 7 does not fit.* {fits + 19} leaves {fits - 1} beside 20"):
+    with pytest.raises(DataError, match=rf"train\.jsonl line 7 does not fit.* room for {fits - 1} beside 20"):
         encode(example, tokenizer, fits + 19, room_for_prompt=20)
 
 
