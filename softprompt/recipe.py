@@ -52,7 +52,7 @@ class Recipe:
     input_column: str | None = _help("column of the input, when there is no template")
     target_column: str | None = _help("column of the target or label, when there is no template")
     train_limit: int | None = _help("use only the first N training examples")
-    eval_limit: int | None = _help("use only the first N held-out examples")
+    eval_limit: int | None = _help("score at most N held-out pairs while training, spread over the file; default: 400")
     max_length: int | None = _help("longest example in tokens; default: what the model's context leaves")
 
     num_virtual_tokens: int | None = _help("length of the prompt")

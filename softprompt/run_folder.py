@@ -118,9 +118,10 @@ class RunFolder:
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"version": STATE_VERSION, **state}, temporary)
+            with open(temporary, "wb") as file:
+                torch.save({"version": STATE_VERSION, **state}, file)
             os.replace(temporary, target)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch may wrap a full disk in an error of its own
             temporary.unlink(missing_ok=True)
             raise _unwritable(target, error) from None
 
@@ -163,5 +164,6 @@ def _finite(value: Any) -> Any:
 
 
 def _unwritable(path: Path, error: Exception) -> CheckpointError:
-    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    reason = cause.strerror if isinstance(cause, OSError) else "the file could not be written to its end"
     return CheckpointError(f"{path} cannot be written: {reason}; free some space or choose another `out`")

@@ -141,7 +141,7 @@ class Trainer:
         folder.write_text(RECIPE, recipe.to_yaml())
         if state is not None:
             trainer.restore(state)
-        folder.rewind_metrics(trainer.progress.step if state is not None else -1)
+        folder.rewind_metrics(trainer.progress.step or -1)  # a run that stands at 0 measures its start again
         return trainer
 
     def run(self, on_step: StepHook | None = None) -> RunResult:

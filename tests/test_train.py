@@ -190,6 +190,14 @@ def test_resume_before_any_state_starts_again(workplace: Path, tmp_path: Path) -
     assert rows_of(train(settings, resume=True).folder) == rows_of(straight.folder)
 
 
+def test_a_run_stopped_before_its_first_step_resumes(workplace: Path, tmp_path: Path) -> None:
+    straight = train(recipe(workplace, tmp_path / "straight", steps=3))
+    settings = recipe(workplace, tmp_path / "run", steps=3)
+    with pytest.raises(RunInterrupted, match="stopped at step 0 of 3"):
+        train(settings, on_step=StopAfter(0))
+    assert rows_of(train(settings, resume=True).folder) == rows_of(straight.folder)
+
+
 def test_resuming_a_finished_run_only_writes_its_report_again(workplace: Path, tmp_path: Path) -> None:
     first = train(recipe(workplace, tmp_path / "run", steps=3))
     (first.folder / "report.html").unlink()
@@ -286,6 +294,17 @@ def test_without_held_out_data_the_last_prompt_is_kept(workplace: Path, tmp_path
     assert "Training examples" in (result.folder / "report.html").read_text()
 
 
+def test_chats_are_trained_on_through_the_chat_template(workplace: Path, tmp_path: Path) -> None:
+    turns = [("user", "where is the cat"), ("assistant", "on the mat")]
+    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    data = write_rows(tmp_path / "chat.jsonl", [chat] * 12)
+    result = train(recipe(workplace, tmp_path / "run", train=data, eval=data, template=None, steps=12))
+    assert result.best["loss"] < result.start["loss"]
+    samples = json.loads((result.folder / "samples.json").read_text())
+    assert samples[0]["input"] == "user: where is the cat"
+    assert samples[0]["references"] == ["on the mat"]
+
+
 def test_the_encoder_is_dropped_unless_asked_for(workplace: Path, tmp_path: Path) -> None:
     train(recipe(workplace, tmp_path / "run", steps=1, keep_encoder=True))
     assert (tmp_path / "run" / "encoder.safetensors").exists()
@@ -330,6 +349,31 @@ def test_nothing_is_written_when_the_start_fails(workplace: Path, tmp_path: Path
             train(recipe(workplace, tmp_path / "run", **changes))
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_leaves_the_old_files(tmp_path: Path) -> None:
+    """A limit on the size of files, which the system reports the way it reports a full disk."""
+    resource = pytest.importorskip("resource")
+    run = RunFolder(tmp_path)
+    run.save_state({"numbers": torch.zeros(3)})
+    run.write_text("samples.json", "[]")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    big = {"numbers": torch.zeros(100_000)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"state.pt cannot be written: File too large; free some space"):
+            run.save_state(big)
+        with pytest.raises(CheckpointError, match=r"samples.json cannot be written"):
+            run.write_text("samples.json", "x" * 100_000)
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl cannot be written"):
+            run.log({"step": 1, "words": "x" * 100_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    state = run.load_state()
+    assert state is not None
+    assert torch.equal(state["numbers"], torch.zeros(3))
+    assert run.read_json("samples.json") == []
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_remove_run_takes_a_run_and_nothing_else(workplace: Path, tmp_path: Path) -> None:
