@@ -83,7 +83,7 @@ class PromptConfig:
 
     def _check_count(self, name: str) -> None:
         value = getattr(self, name)
-        if value is None and name != "num_virtual_tokens":
+        if value is None and self.__dataclass_fields__[name].default is None:
             return
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")

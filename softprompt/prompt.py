@@ -180,8 +180,9 @@ class SoftPrompt(nn.Module, ABC):
         """Set the parameters so that the prompt is `target` `[n, width]`.
 
         Where an encoder stands before the prompt, its last linear layer is solved for by least squares, which is exact
-        while there are no more virtual tokens than hidden units (the paper fits the whole FFN with 500 Adam steps,
-        2101.00190 §7.4; one solve is exact and takes no learning rate).
+        while there are no more virtual tokens than hidden units (that are not switched off by a ReLU), and the best
+        that this layer can do beyond (the paper fits the whole FFN with 500 Adam steps, 2101.00190 §7.4; one solve is
+        exact and takes no learning rate).
         """
         table, layer = self.embedding.weight, self.output_layer()
         expected = (table.shape[0], table.shape[1] if layer is None else layer.out_features)

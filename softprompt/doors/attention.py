@@ -120,24 +120,33 @@ class AttentionDoor:
             inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs.get("inputs_embeds")
             if inputs is None and args:
                 inputs = args[0]
-            given = kwargs.get("position_ids")
+            given, mask, cache = (kwargs.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
             if given is not None:
-                opening.positions = given - self.position_offset + shift
+                positions, longest = given - self.position_offset + shift, None
             else:
                 assert inputs is not None
-                counted = true_positions(inputs, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
-                opening.positions = counted + shift
-            self._check_room(opening.positions, shift)
-            return args, {**kwargs, "position_ids": opening.positions + self.position_offset}
+                positions = true_positions(inputs, mask, cache) + shift
+                seen = cache.get_seq_length() if cache is not None else 0
+                longest = shift + (mask.shape[-1] if isinstance(mask, Tensor) else seen + inputs.shape[1])
+            self._check_room(positions, shift, longest)
+            opening.positions = positions
+            return args, {**kwargs, "position_ids": positions + self.position_offset}
 
         return hook
 
-    def _check_room(self, positions: Tensor, shift: int) -> None:
-        """Learned positions end: say so before the table is read beyond its end."""
-        if self.learned_positions is not None and int(positions.max()) >= self.learned_positions:
+    def _check_room(self, positions: Tensor, shift: int, longest: int | None) -> None:
+        """Learned positions end: say so before the table is read beyond its end.
+
+        `longest` is what is known without looking at the values, which a GPU would have to wait for.
+        """
+        limit = self.learned_positions
+        if limit is None or (longest is not None and longest <= limit):
+            return
+        last = int(positions.max())
+        if last >= limit:
             raise ConfigError(
-                f"position {int(positions.max())} is needed, {shift} of them for virtual tokens, but this model has "
-                f"learned {self.learned_positions} positions only; shorten the text or use fewer virtual tokens."
+                f"{shift} virtual tokens and a text of {last + 1 - shift} tokens do not fit into this model's {limit} "
+                "learned positions; shorten the text or use fewer virtual tokens."
             )
 
     def _checkpointing(self, opening: Opening, direct: bool) -> Callable[[], None]:

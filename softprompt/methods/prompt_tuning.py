@@ -111,8 +111,15 @@ def initial_rows(config: PromptTuningConfig, word_embeddings: nn.Module) -> Tens
     tokenizer = _tokenizer(config)
     if config.prompt_tuning_init is PromptTuningInit.TEXT:
         ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+        if not ids:
+            raise ConfigError(
+                f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens; give another."
+            )
         return embed((ids * math.ceil(count / len(ids)))[:count])
     labels = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in config.class_labels or []]
+    for label, ids in zip(config.class_labels or [], labels, strict=True):
+        if not ids:
+            raise ConfigError(f"the class label {label!r} has no tokens; give another word for it.")
     if len(labels) > count:
         raise ConfigError(f"{len(labels)} class_labels do not fit into num_virtual_tokens={count}; use more tokens.")
     means = torch.stack([embed(ids).mean(0) for ids in labels])
