@@ -302,7 +302,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
     ) -> "SoftPromptModel":
         """Put a saved prompt (ours or PEFT's) before `model`. Nothing is changed unless everything fits."""
         checkpoint.check_adapter_name(adapter_name)
-        saved = checkpoint.load_adapter(model_id, **hub_options)
+        saved = checkpoint.load_adapter(model_id, **_for_hub(hub_options))
         checkpoint.check_fits(saved, probe(AttentionDoor(model)))
         Heads(model).check(saved.config, saved.tensors)
         loaded = cls(model, saved.config, adapter_name)
@@ -313,7 +313,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **hub_options: Any
     ) -> None:
         """Load one more saved prompt under a name of its own; it does not become active."""
-        saved = checkpoint.load_adapter(model_id, **hub_options)
+        saved = checkpoint.load_adapter(model_id, **_for_hub(hub_options))
         checkpoint.check_fits(saved, self.geometry)
         self.heads.check(saved.config, saved.tensors)
         self.add_adapter(adapter_name, saved.config)
@@ -363,6 +363,16 @@ def _method_of(config: PromptConfig) -> type[SoftPrompt]:
             return method
     known = ", ".join(method.config_class.__name__ for method in METHODS.values())
     raise ConfigError(f"{type(config).__name__} belongs to no method here; use one of {known}.")
+
+
+def _for_hub(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of PEFT's loaders: those for the hub are passed on, those that change nothing here are taken off."""
+    for_hub = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
+    without_effect = ("torch_device", "low_cpu_mem_usage", "autocast_adapter_dtype", "ephemeral_gpu_offload")
+    for name in options:
+        if name not in (*for_hub, *without_effect):
+            raise ConfigError(f"loading an adapter has no option {name!r}; it has {', '.join(for_hub)}.")
+    return {name: value for name, value in options.items() if name in for_hub}
 
 
 def _packed(inputs: dict[str, Any]) -> bool:
