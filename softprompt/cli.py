@@ -5,6 +5,7 @@ interrupt ends with 130. Any other exception is a bug, and shows its traceback.
 """
 
 import errno
+import io
 import json
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status. `arguments` default to the process's own."""
-    _quiet_libraries()
+    _prepare()
     try:
         status = app(args=arguments, prog_name="softprompt", standalone_mode=False)
     except RunInterrupted as error:
@@ -90,10 +91,16 @@ def main(arguments: list[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _quiet_libraries() -> None:
-    """Progress bars and remarks of transformers belong to neither our output nor our errors."""
+def _prepare() -> None:
+    """Progress bars and remarks of transformers belong to neither our output nor our errors.
+
+    A terminal that cannot show a character gets a question mark in its place.
+    """
     from transformers.utils import logging
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

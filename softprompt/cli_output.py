@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from softprompt.train import RunResult
 
 FORMATS = {"loss": ".3f", "perplexity": ".1f", "accuracy": ".2%", "bleu": ".1f", "chrf": ".1f"}
-NAMES = {"loss": "loss (nats per token)", "bleu": "BLEU", "chrf": "chrF", "tokens": "target tokens"}
+NAMES = {"bleu": "BLEU", "chrf": "chrF", "tokens": "target tokens"}
 
 
 def print_result(console: Console, result: "RunResult") -> None:
@@ -38,9 +38,10 @@ def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]]) ->
     titles = {"frozen": "frozen model", "prompt": "with the prompt"}
     table = Table("metric", *[titles.get(name, name) for name in scores])
     metrics = dict.fromkeys(metric for column in scores.values() for metric in column)
+    names = {**NAMES, "loss": "loss (nats per row)" if "accuracy" in metrics else "loss (nats per token)"}
     for metric in metrics:
         cells = [_cell(metric, column.get(metric)) for column in scores.values()]
-        table.add_row(NAMES.get(metric, metric), *cells)
+        table.add_row(names.get(metric, metric), *cells)
     console.print(table)
 
 

@@ -119,7 +119,7 @@ def facts_of(prompt: Path, model: str | None, nearest: int) -> tuple[PromptFacts
     if prompt.is_file():
         return describe_kv(KV.load(prompt), prompt), ""
     saved, recipe = read_saved(prompt)
-    facts = describe(saved, prompt)
+    facts = describe(saved, Path(saved.source))
     if facts.layers or not nearest:
         return facts, ""
     if model is None and recipe is None:

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from softprompt import KV, METHODS, PrefixTuningConfig, PromptTuningConfig, SoftPromptModel
 from softprompt.cli_flags import method_parameters, recipe_parameters, split_given
+from softprompt.cli_use import Decoding, answers
+from softprompt.prompted import example_of, open_prompted
 from softprompt.recipe import Recipe
 
 SMALL = ("--num-virtual-tokens", 4, "--steps", 3, "--batch-size", 2, "--samples", 1, "--max-new-tokens", 4)
@@ -203,6 +205,15 @@ def test_a_long_answer_is_kept_within_the_context(
     monkeypatch.setattr("softprompt.cli_use.generate_texts", generate)
     shell.ok("generate", "--model", base, "--prompt", prompts["prefix"], "--input", "the cat", "--max-new-tokens", 9999)
     assert limits == [tiny.CONTEXT - 4 - len(tiny.tokenizer()("the cat")["input_ids"])]
+
+
+def test_an_answer_can_be_seen_while_it_is_written(
+    base: Path, prompts: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_prompted(prompts["prefix"], str(base))
+    inputs, decoding = [example_of("the cat", None)], Decoding(8, 1, 0, {"num_beams": 1})
+    written = answers(opened, inputs, decoding, stream=True)
+    assert capsys.readouterr().out.strip() == written[0] == answers(opened, inputs, decoding)[0]
 
 
 def test_eval_without_a_recipe_prints_a_table(shell: Shell, base: Path, rows: Path, prompts: dict[str, Path]) -> None:

@@ -117,7 +117,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     (
         "missing.jsonl",
         b'{"mr": "a", "refs": ["b"]}\n',
-        'its columns are mr, refs: name two of these, or give a template such as',
+        "its columns are mr, refs: name two of these, or give a template such as",
     ),
     ("null.jsonl", b'{"input": "a", "target": null}\n', 'line 1: column "target" must be text, not None'),
     ("flag.jsonl", b'{"input": true, "target": "x"}\n', 'column "input" must be text, not True'),
