@@ -9,7 +9,7 @@ PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup demo test lint types test-floor bench docs clean
+.PHONY: help setup demo test lint types test-floor bench docs readme clean
 
 help:
 	@echo "make demo        train a prefix on the embedded model, save, reload, generate, report (OUT=$(OUT))"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-floor  the tests on the lowest supported versions, in their own environment"
 	@echo "make bench       the tables in benchmarks/results and README.md"
 	@echo "make docs        docs/first-run.md from a real run of the demo"
+	@echo "make readme      the generated parts of README.md: tables, methods, tree"
 	@echo "make clean       remove what the other targets made"
 
 # torch goes first and alone: a requirement without a version may bring another build than the one asked for.
@@ -60,11 +61,15 @@ $(VENV)/.floor: pyproject.toml constraints-floor.txt
 	@touch $@
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/quality_e2e.py --model stories260K --model embedded
+	$(BIN)/python benchmarks/quality_sst2.py
 	$(BIN)/python scripts/fill_readme.py
 
 docs: $(VENV)/.run
 	$(BIN)/python scripts/record_first_run.py
+	$(BIN)/python scripts/fill_readme.py
+
+readme: $(VENV)/.run
 	$(BIN)/python scripts/fill_readme.py
 
 clean:
