@@ -43,8 +43,9 @@ def _cache_to_kv(cache: Any) -> KV:
             raise ConfigError(
                 f"past_key_values of shape {tuple(key.shape)}: one sequence, [1, heads, tokens, size], is needed."
             )
-        if key.shape != pairs[0][0].shape or value.shape != pairs[0][1].shape:
-            raise ConfigError(f"layers of different shapes, {tuple(key.shape)} and {tuple(pairs[0][0].shape)}.")
+        if not key.shape == value.shape == pairs[0][0].shape:
+            shapes = ", ".join(str(tuple(part.shape)) for part in (pairs[0][0], key, value))
+            raise ConfigError(f"keys or values of different shapes ({shapes}) cannot be one prefix.")
     return KV(tuple(pairs))
 
 
