@@ -35,8 +35,10 @@ def line_chart(series: Sequence[Series], label: str) -> Markup:
         return Markup("")
     xs = [x for line in shown for x, _ in line.points]
     ys = [y for line in shown for _, y in line.points]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    frame = _Frame(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
+    low, high = min(xs), max(max(xs), min(xs) + 1)
+    x_ticks = [value for value in ticks(low, high) if low <= value <= high]
+    y_ticks = ticks(min(ys), max(ys))
+    frame = _Frame(low, high, y_ticks[0], y_ticks[-1])
     parts = [_grid(frame, x_ticks, y_ticks), *(_line(frame, line) for line in shown)]
     opening = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, label)
     return opening + Markup("").join(parts) + Markup("</svg>")

@@ -46,6 +46,7 @@ def render(run: RunFolder) -> str:
             charts=charts(rows, summary),
             settings=settings(recipe),
             base=base_words(recipe.model),
+            visible=visible,
         )
     except (KeyError, TypeError, UndefinedError) as error:
         raise CheckpointError(f"{run.path / SUMMARY} lacks what a report needs ({error}); train again") from None
@@ -56,6 +57,12 @@ def base_words(model: str) -> str:
     if model == EMBEDDED:
         return "the embedded model"
     return f"the model {Path(model).name if Path(model).is_dir() else model}"
+
+
+def visible(token: str) -> str:
+    """A token's text with what cannot be seen made visible: a line break as ⏎, blanks alone as ␣."""
+    shown = token.replace("\n", "⏎").strip(" ")
+    return shown if shown.strip() else "␣"
 
 
 def tiles(recipe: Recipe, summary: Mapping[str, Any]) -> list[dict[str, str]]:

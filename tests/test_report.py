@@ -93,6 +93,7 @@ def test_nearest_words_or_norms(tmp_path: Path) -> None:
     assert "virtual token 2" in page
     assert "&lt;b&gt;" in page
     assert "0.93" in page
+    assert "<code>⏎</code>" in page
     norms = write_report(write_run(tmp_path / "norms")).read_text(encoding="utf-8")
     assert "extra keys and values in every attention layer" in norms
 
