@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,22 @@ def test_batches_are_padded_on_the_side_asked_for(side: str) -> None:
     assert [batch[name][1].tolist() for name in ("input_ids", "attention_mask", "labels")] == short[side]
     labels = collate([EncodedLabel([5, 6], 1), EncodedLabel([8], 0)], pad_id=0)["labels"]
     assert torch.equal(labels, torch.tensor([1, 0]))
+
+
+# The page about data -------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_in_the_page_about_data_load(root: Path, tmp_path: Path) -> None:
+    page = (root / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- (data:|labelled) ?(.*?) ?-->\n```json\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    path = tmp_path / "rows.jsonl"
+    for kind, template, rows in blocks:
+        path.write_text(rows, encoding="utf-8")
+        read: list[Any] = load_labelled(path)[0] if kind == "labelled" else load_examples(path, template or None)
+        assert len(read) == len(rows.splitlines())
+        if kind == "data:":
+            assert encode_all(read, tiny.tokenizer(), 1000)
 
 
 # The demo's set ------------------------------------------------------------------------------------------------------
