@@ -21,7 +21,8 @@ from softprompt.report import write_report
 from softprompt.run_folder import SAMPLES, SUMMARY
 
 if TYPE_CHECKING:
-    from softprompt.train import RunResult, Trainer
+    from softprompt.run_result import RunResult
+    from softprompt.train import Trainer
 
 _KEPT = "kept"  # the name under which the saved prompt is loaded beside the one in training
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,50 +19,18 @@ from transformers import PreTrainedTokenizerBase
 from softprompt.batches import BatchOrder, batches_per_epoch, rate_factor
 from softprompt.build import build_prompt, prompt_config
 from softprompt.data import collate
-from softprompt.errors import ConfigError, RunInterrupted, TrainingError
+from softprompt.errors import CheckpointError, ConfigError, RunInterrupted, TrainingError
 from softprompt.evaluate import evaluate_accuracy, evaluate_loss, pad_id
 from softprompt.loading import load_base, load_tokenizer
 from softprompt.model import SoftPromptModel
 from softprompt.progress import StopRequest, TrainingProgress
 from softprompt.recipe import Recipe, require_paths
 from softprompt.run_data import RunData, context_length, read_source
-from softprompt.run_folder import RECIPE, RunFolder
+from softprompt.run_folder import RECIPE, STATE, RunFolder
+from softprompt.run_result import Progress, RunResult
 
 # Settings that may differ between a run and its continuation, because no trained number depends on them.
 FREE_TO_CHANGE = ("out", "save_steps", "samples", "max_new_tokens", "eval_batch_size", "keep_encoder")
-
-
-@dataclass
-class Progress:
-    """How far a run is; all of it is saved with the state. Scores are metric names with their values."""
-
-    step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    frozen: dict[str, float] = field(default_factory=dict)
-    start: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-    best_step: int = 0
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run came to.
-
-    ``frozen`` are the scores of the base model alone, ``start`` of the prompt before training, ``best`` of the one
-    kept. They are empty without held-out data; ``frozen`` is empty for a task whose head starts untrained.
-    """
-
-    folder: Path
-    recipe: Recipe
-    steps: int
-    best_step: int
-    frozen: dict[str, float]
-    start: dict[str, float]
-    best: dict[str, float]
-    trainable_parameters: int
-    base_parameters: int
-    seconds: float
 
 
 StepHook = Callable[[dict[str, Any]], None]
@@ -90,12 +56,12 @@ def train(
 
 def _matching_state(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
     """The saved state, if the recipe is the one it was saved under."""
-    stored = Recipe.from_yaml(folder.path / RECIPE).resolved().to_dict()
-    for name, value in recipe.to_dict().items():
-        if name not in FREE_TO_CHANGE and stored.get(name) != value:
+    stored, now = Recipe.from_yaml(folder.path / RECIPE).resolved().to_dict(), recipe.to_dict()
+    for name in dict.fromkeys([*now, *stored]):
+        if name not in FREE_TO_CHANGE and stored.get(name) != now.get(name):
             raise ConfigError(
-                f"the run in {folder.path} was started with {name}={stored.get(name)!r}, but now it is {value!r}; "
-                "resume with the same settings, or start a new run in another `out`"
+                f"the run in {folder.path} was started with {name}={stored.get(name)!r}, but now it is "
+                f"{now.get(name)!r}; resume with the same settings, or start a new run in another `out`"
             )
     return folder.load_state()
 
@@ -275,7 +241,18 @@ class Trainer:
         )
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back to a saved state; ``ConfigError`` when the data or the model is not what it was."""
+        """Go back to a saved state.
+
+        ``ConfigError`` when the data or the model is not what it was, ``CheckpointError`` when parts of it are missing.
+        """
+        try:
+            self._restore(state)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            place = self.folder.path / STATE
+            raise CheckpointError(f"{place} is damaged ({reason}); start a new run in another `out`") from None
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         if state["data"] != self.data.fingerprint():
             raise ConfigError(
                 f"the data of the run in {self.folder.path} has changed since it was saved; resume with the same "

@@ -214,6 +214,8 @@ def test_resume_refuses_another_recipe_or_other_data(workplace: Path, tmp_path: 
         train(settings, on_step=StopAfter(2))
     with pytest.raises(ConfigError, match="was started with learning_rate="):
         train(settings.replace(learning_rate=0.5), resume=True)
+    with pytest.raises(ConfigError, match="was started with eval="):
+        train(settings.replace(eval=None), resume=True)
     with pytest.raises(ConfigError, match="there is no run in"):
         train(settings.replace(out=str(tmp_path / "nowhere")), resume=True)
     data.write_text(data.read_text().replace("mat", "hat"))
@@ -234,6 +236,12 @@ def test_resume_never_unpickles_and_refuses_a_damaged_state(workplace: Path, tmp
     with pytest.raises(CheckpointError, match=r"state.pt is damaged"):
         train(settings, resume=True)
     assert not (tmp_path / "sprung").exists()
+    for part in ("trainable", "optimizer", "rng", "progress", "data"):
+        state.write_bytes(whole)
+        saved = torch.load(state, weights_only=True)
+        torch.save({**saved, part: 7}, state)
+        with pytest.raises((CheckpointError, ConfigError), match=r"is damaged|has changed"):
+            train(settings, resume=True)
     torch.save({"version": 99}, state)
     with pytest.raises(CheckpointError, match="not written by this version"):
         train(settings, resume=True)
