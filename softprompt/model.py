@@ -218,6 +218,8 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
 
     def _forward_rows(self, prompt: Embeddings | KV, inputs: dict[str, Any]) -> Any:
         """Where a row's own columns matter: on encoders (heads read column 0), and where every token has a label."""
+        if self.geometry.causal and not _packed(inputs):
+            inputs = _with_mask(inputs)
         inputs, placement = arrange(inputs)
         kv, vectors = self._divide(prompt, inputs)
         if vectors is not None:
@@ -381,6 +383,16 @@ def _packed(inputs: dict[str, Any]) -> bool:
     if positions is None or inputs.get("attention_mask") is not None:
         return False
     return bool((positions[..., 1:] <= positions[..., :-1]).any())
+
+
+def _with_mask(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with a mask of ones, if none is given: without one, transformers takes any gap in the positions for
+    the start of another sequence, which then would not see the virtual token in its row."""
+    if inputs.get("position_ids") is None or inputs.get("attention_mask") is not None:
+        return inputs
+    ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    assert ids is not None
+    return {**inputs, "attention_mask": torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)}
 
 
 def _labels_tokens(inputs: dict[str, Any]) -> bool:

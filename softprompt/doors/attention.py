@@ -128,13 +128,13 @@ class AttentionDoor:
                 positions = true_positions(inputs, mask, cache) + shift
                 seen = cache.get_seq_length() if cache is not None else 0
                 longest = shift + (mask.shape[-1] if isinstance(mask, Tensor) else seen + inputs.shape[1])
-            self._check_room(positions, shift, longest)
+            self._check_room(positions, longest)
             opening.positions = positions
             return args, {**kwargs, "position_ids": positions + self.position_offset}
 
         return hook
 
-    def _check_room(self, positions: Tensor, shift: int, longest: int | None) -> None:
+    def _check_room(self, positions: Tensor, longest: int | None) -> None:
         """Learned positions end: say so before the table is read beyond its end.
 
         `longest` is what is known without looking at the values, which a GPU would have to wait for.
@@ -145,8 +145,8 @@ class AttentionDoor:
         last = int(positions.max())
         if last >= limit:
             raise ConfigError(
-                f"{shift} virtual tokens and a text of {last + 1 - shift} tokens do not fit into this model's {limit} "
-                "learned positions; shorten the text or use fewer virtual tokens."
+                f"{last + 1} tokens, the virtual ones included, do not fit into this model's {limit} learned "
+                "positions; shorten the text or use fewer virtual tokens."
             )
 
     def _checkpointing(self, opening: Opening, direct: bool) -> Callable[[], None]:
