@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from softprompt.cli_flags import method_flags
 from softprompt.inspect_prompt import PromptFacts, summary
@@ -51,7 +51,7 @@ def _cell(metric: str, value: float | None) -> str:
 
 def print_facts(console: Console, prompt: Path, facts: PromptFacts, note: str = "") -> None:
     """The page of `softprompt show`."""
-    table = Table("what", "value", show_header=False, title=escape(str(prompt)))
+    table = Table("what", Column("value", overflow="fold"), show_header=False, title=escape(str(prompt)))
     rows = {
         "method": facts.method,
         "task": facts.task or "–",

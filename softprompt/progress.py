@@ -58,11 +58,13 @@ class TrainingProgress:
         self._speed: float | None = None
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        if self.console.is_terminal:  # elsewhere rich 14 prints an empty line when it stops
+            self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.stop()
+        if self.console.is_terminal:
+            self._bar.stop()
 
     def update(self, row: Mapping[str, Any], steps_per_epoch: int) -> None:
         """Show a step's row; the numbers in the bar are running averages."""
