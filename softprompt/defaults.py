@@ -24,6 +24,7 @@ class Defaults:
     warmup: float = 0.06  # share of all steps
     schedule: str = "linear"
     weight_decay: float = 0.0
+    beta2: float = 0.999
     clip: float = 1.0
     method_options: Mapping[str, Any] = field(default_factory=dict)
 

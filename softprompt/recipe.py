@@ -71,6 +71,7 @@ class Recipe:
     schedule: str | None = _help("decay after the warm-up: linear, cosine or constant")
     warmup: float | None = _help("share of the steps over which the learning rate rises, 0 to 1")
     weight_decay: float | None = _help("AdamW's weight decay")
+    beta2: float | None = _help("AdamW's decay of squared gradients, 0 to 1")
     clip: float | None = _help("largest gradient norm; 0 turns clipping off")
     base_dropout: bool = _help("keep the frozen model's own dropout on while training", True)
     group_by_length: bool = _help("put examples of similar length into one batch (less padding)", True)
@@ -211,7 +212,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("train_limit", "eval_limit"), (lambda value: value >= 1, "at least 1")),
     **dict.fromkeys(("epochs", "learning_rate", "head_learning_rate"), (lambda value: value > 0, "greater than 0")),
     **dict.fromkeys(("weight_decay", "clip", "save_steps", "samples", "seed"), (lambda value: value >= 0, "0 or more")),
-    "warmup": (lambda value: 0 <= value < 1, "from 0 up to, but not including, 1"),
+    **dict.fromkeys(("warmup", "beta2"), (lambda value: 0 <= value < 1, "from 0 up to, but not including, 1")),
 }
 
 

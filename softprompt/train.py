@@ -302,7 +302,8 @@ def _optimizer(recipe: Recipe, model: SoftPromptModel, trainable: Mapping[str, n
         {"params": [p for p in trainable.values() if (id(p) in prompt) == inside], "peak": _given(rate), "lr": rate}
         for inside, rate in ((True, recipe.learning_rate), (False, recipe.head_learning_rate))
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=_given(recipe.weight_decay))
+    betas = (0.9, _given(recipe.beta2))
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, weight_decay=_given(recipe.weight_decay))
 
 
 def _rank(scores: Mapping[str, float]) -> tuple[float, float]:

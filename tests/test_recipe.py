@@ -38,7 +38,17 @@ def test_resolved_recipe_round_trips_and_is_stable(tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
 def test_resolved_leaves_nothing_that_training_needs_open(method: str, task: str) -> None:
     recipe = Recipe(train="a", out="b", method=method, task=task).resolved()
-    needed = ("num_virtual_tokens", "init", "learning_rate", "steps", "batch_size", "warmup", "schedule", "clip")
+    needed = (
+        "num_virtual_tokens",
+        "init",
+        "learning_rate",
+        "steps",
+        "batch_size",
+        "warmup",
+        "schedule",
+        "clip",
+        "beta2",
+    )
     assert all(getattr(recipe, name) is not None for name in needed)
 
 
@@ -78,6 +88,7 @@ def test_yaml_scientific_notation_is_a_number(tmp_path: Path) -> None:
         ({"learning_rate": float("nan")}, "learning_rate is nan; it must be greater than 0"),
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
         ({"warmup": 1.0}, "warmup is 1.0; it must be from 0 up to"),
+        ({"beta2": 1}, "beta2 is 1.0; it must be from 0 up to"),
         ({"seed": -1}, "seed is -1; it must be 0 or more"),
         ({"init": "magic"}, "init is 'magic'; it must be one of random, vocab, text, examples"),
         ({"task": "TOKEN_CLS"}, "task is 'TOKEN_CLS'; it must be one of CAUSAL_LM, SEQ_CLS"),
