@@ -106,7 +106,8 @@ def _prepare() -> None:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    line = " ".join(message.split())  # and nothing from a file may reach the terminal as a control character
+    typer.echo(f"error: {''.join(char if char.isprintable() else '?' for char in line)}", err=True)
     return status
 
 

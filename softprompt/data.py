@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -165,8 +166,11 @@ def _chat_texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[s
             "target columns or a template"
         )
     messages: Any = example.messages
-    start = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    try:
+        start = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError as error:  # templates refuse roles that they do not know or that do not alternate
+        raise DataError(f"{example.where}: this tokenizer's chat template refuses the messages ({error})") from error
     if not whole.startswith(start):
         raise DataError(
             f"{example.where}: this tokenizer's chat template writes an answer differently once it is "

@@ -119,6 +119,10 @@ CASES: dict[str, tuple[Callable[[Bench], tuple[Any, ...]], tuple[str, ...]]] = {
         lambda b: b.train("--eval", b.rows, data=b.write("r.jsonl", '{"mr": "a", "text": "b"}\n')),
         ('no column "ref"', "mr, text", "r.jsonl line 1"),
     ),
+    "control characters": (
+        lambda b: b.train(data=b.write("r.jsonl", json.dumps({"\x1b[31m\nmr": "a"}) + "\n")),
+        ("its columns are ?[31m mr",),
+    ),
     "empty file": (lambda b: b.train(data=b.write("r.jsonl", "")), ("r.jsonl holds no rows",)),
     "broken JSON": (
         lambda b: b.train(data=b.write("r.jsonl", '{"mr": "a", "refs": ["b"]}\n{"mr": "a" "refs"\n')),

@@ -277,6 +277,39 @@ def test_a_chat_needs_a_chat_template() -> None:
         encode(Example("", ("b",), messages), tokenizer, 100)
 
 
+def test_a_chat_template_may_refuse_a_chat() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    messages = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match=r"row 3: .*refuses the messages .roles must alternate"):
+        encode(Example("", ("b",), messages, where="row 3"), tokenizer, 100)
+
+
+def test_a_chat_template_that_changes_the_past_is_refused() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match="cannot be told apart"):
+        encode(Example("", ("b",), messages), tokenizer, 100)
+
+
+def test_a_chat_template_without_an_end_of_turn_gets_the_end_token() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    encoded = encode(Example("", ("b",), messages), tokenizer, 100)
+    assert encoded.input_ids[-1] == tokenizer.eos_token_id
+
+
+@given(st.text(max_size=30))
+def test_any_template_is_parsed_or_refused(text: str) -> None:
+    try:
+        fields = Template(text).fields
+    except ConfigError:
+        return
+    assert fields
+
+
 def test_what_does_not_fit_names_row_and_lengths() -> None:
     tokenizer = tiny.tokenizer()
     example = Example("the cat", ("sat on the mat " * 20,), where="train.jsonl line 7")
