@@ -123,6 +123,17 @@ def _os_message(error: OSError) -> str:
     return f"{place}{error.strerror or error}; {remedy}"
 
 
+@app.callback(invoke_without_command=True)
+def _version(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if show_version:
+        from softprompt import __version__
+
+        typer.echo(f"softprompt {__version__}")
+        raise typer.Exit
+
+
 @app.command()
 @with_parameters([*recipe_parameters(), *method_parameters()])
 def train(

@@ -15,7 +15,7 @@ import torch
 from cli_kit import LABELLED, ROWS, Shell, save_base, save_prompt, write_rows
 from safetensors.torch import load_file
 
-from softprompt import KV, METHODS, PrefixTuningConfig, PromptTuningConfig, SoftPromptModel
+from softprompt import KV, METHODS, PrefixTuningConfig, PromptTuningConfig, SoftPromptModel, __version__
 from softprompt.cli_flags import method_parameters, recipe_parameters, split_given
 from softprompt.cli_use import Decoding, answers
 from softprompt.prompted import example_of, open_prompted
@@ -284,6 +284,13 @@ def test_methods_lists_the_registry(shell: Shell) -> None:
 
 
 # the program ---------------------------------------------------------------------------------------------------------
+
+
+def test_version_and_help(shell: Shell) -> None:
+    assert shell.ok("--version") == f"softprompt {__version__}\n"
+    for command in ("train", "generate", "eval", "show", "convert", "methods"):
+        assert command in shell.ok("--help")
+        assert f"softprompt {command}" in shell.ok(command, "--help")
 
 
 @pytest.mark.slow
