@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-BENEATH = {"numpy", "tokenizers", "markupsafe"}  # requirements of our requirements that are imported by name too
+BENEATH = {"markupsafe"}  # a part of jinja2 with a name of its own
 
 
 def normal(requirement: str) -> str:
