@@ -19,6 +19,7 @@ from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.fold import fold
 from softprompt.geometry import probe, word_table
 from softprompt.heads import Heads, with_default_heads
+from softprompt.inputs import labels_tokens, packed, with_mask, without_cache
 from softprompt.prompt import KV, METHODS, EmbeddingPrompt, Embeddings, SoftPrompt
 from softprompt.prompt import evaluating as _evaluating
 
@@ -161,13 +162,15 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
 
     @torch.no_grad()
     def fold(self, adapter_name: str | None = None) -> KV:
-        """The adapter's prompt as keys and values per layer, `[1, h, p, k]` each, without gradient.
+        """The adapter's prompt as keys and values per layer, `[1, h, p, k]` each, in its type and without gradient.
 
         Raises UnsupportedError on models that are not causal, where a prompt depends on the row behind it.
         """
         encoder = self.encoder(adapter_name)
         with _evaluating(encoder), _evaluating(self.base_model):
-            return self._as_kv(encoder.prompt()).detach()
+            kv = self._as_kv(encoder.prompt()).detach()
+        own = word_table(self.base_model)
+        return KV(tuple((key.to(own), value.to(own)) for key, value in kv.layers))
 
     def _as_kv(self, prompt: Embeddings | KV) -> KV:
         if isinstance(prompt, KV):
@@ -211,15 +214,15 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         if not self._enabled:
             return self.base_model(**inputs)
         prompt = self.encoder().prompt()
-        if self.geometry.causal and not _labels_tokens(inputs):
+        if self.geometry.causal and not labels_tokens(inputs):
             with self.door.open(self._as_kv(prompt)):
                 return self.base_model(**inputs)
         return self._forward_rows(prompt, inputs)
 
     def _forward_rows(self, prompt: Embeddings | KV, inputs: dict[str, Any]) -> Any:
         """Where a row's own columns matter: on encoders (heads read column 0), and where every token has a label."""
-        if self.geometry.causal and not _packed(inputs):
-            inputs = _with_mask(inputs)
+        if self.geometry.causal and not packed(inputs):
+            inputs = with_mask(inputs)
         inputs, placement = arrange(inputs)
         kv, vectors = self._divide(prompt, inputs)
         if vectors is not None:
@@ -228,7 +231,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
                 embedded = self.base_model.get_input_embeddings()(inputs["input_ids"])
             inputs, placement = put_in_front(inputs, placement, vectors, embedded, self.geometry)
         if self.geometry.causal:
-            _without_cache(inputs)
+            without_cache(inputs)
         with self.door.open(kv):
             return placement.restore(self.base_model(**inputs))
 
@@ -242,7 +245,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
             return prompt, None
         if not self.geometry.causal:
             return None, prompt.vectors
-        if _packed(inputs):
+        if packed(inputs):
             return fold(self.door, prompt), None
         before = Embeddings(prompt.vectors[:, :-1])
         return fold(self.door, before) if before.length else None, prompt.vectors[:, -1:]
@@ -375,37 +378,3 @@ def _for_hub(options: dict[str, Any]) -> dict[str, Any]:
         if name not in (*for_hub, *without_effect):
             raise ConfigError(f"loading an adapter has no option {name!r}; it has {', '.join(for_hub)}.")
     return {name: value for name, value in options.items() if name in for_hub}
-
-
-def _packed(inputs: dict[str, Any]) -> bool:
-    """Whether a row holds several sequences (positions that start again, and no mask)."""
-    positions = inputs.get("position_ids")
-    if positions is None or inputs.get("attention_mask") is not None:
-        return False
-    return bool((positions[..., 1:] <= positions[..., :-1]).any())
-
-
-def _with_mask(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs with a mask of ones, if none is given: without one, transformers takes any gap in the positions for
-    the start of another sequence, which then would not see the virtual token in its row."""
-    if inputs.get("position_ids") is None or inputs.get("attention_mask") is not None:
-        return inputs
-    ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-    assert ids is not None
-    return {**inputs, "attention_mask": torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)}
-
-
-def _labels_tokens(inputs: dict[str, Any]) -> bool:
-    """Whether every token of a row that is given from its beginning has a label."""
-    labels, cache = inputs.get("labels"), inputs.get("past_key_values")
-    ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-    if labels is None or labels.is_floating_point() or ids is None or labels.shape != ids.shape[:2]:
-        return False
-    return cache is None or cache.get_seq_length() == 0
-
-
-def _without_cache(inputs: dict[str, Any]) -> None:
-    """A cache would hold the row as it was rearranged, and its virtual token as if it were a real one."""
-    if inputs.get("past_key_values") is not None:
-        raise ConfigError("labels and past_key_values together: the loss needs the whole row, so pass no cache.")
-    inputs["use_cache"] = False

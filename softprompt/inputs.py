@@ -1,0 +1,41 @@
+"""What a caller's inputs say: rows of several sequences, labels for every token, caches, gaps in the positions."""
+
+from typing import Any
+
+import torch
+
+from softprompt.errors import ConfigError
+
+
+def packed(inputs: dict[str, Any]) -> bool:
+    """Whether a row holds several sequences (positions that start again, and no mask)."""
+    positions = inputs.get("position_ids")
+    if positions is None or inputs.get("attention_mask") is not None:
+        return False
+    return bool((positions[..., 1:] <= positions[..., :-1]).any())
+
+
+def with_mask(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with a mask of ones, if none is given: without one, transformers takes any gap in the positions for
+    the start of another sequence, which then would not see the virtual token in its row."""
+    if inputs.get("position_ids") is None or inputs.get("attention_mask") is not None:
+        return inputs
+    ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    assert ids is not None
+    return {**inputs, "attention_mask": torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)}
+
+
+def labels_tokens(inputs: dict[str, Any]) -> bool:
+    """Whether every token of a row that is given from its beginning has a label."""
+    labels, cache = inputs.get("labels"), inputs.get("past_key_values")
+    ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    if labels is None or labels.is_floating_point() or ids is None or labels.shape != ids.shape[:2]:
+        return False
+    return cache is None or cache.get_seq_length() == 0
+
+
+def without_cache(inputs: dict[str, Any]) -> None:
+    """A cache would hold the row as it was rearranged, and its virtual token as if it were a real one."""
+    if inputs.get("past_key_values") is not None:
+        raise ConfigError("labels and past_key_values together: the loss needs the whole row, so pass no cache.")
+    inputs["use_cache"] = False
