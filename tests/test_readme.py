@@ -54,6 +54,12 @@ def test_python_example_runs(tmp_path: Path) -> None:
     }
 
 
+def test_import_example_runs() -> None:
+    names: dict[str, object] = {}
+    exec(block("README.md", "import"), names)  # noqa: S102 – our own page
+    assert callable(names["get_peft_model"])
+
+
 @pytest.mark.slow
 def test_commands_run(tmp_path: Path) -> None:
     """The commands in order, each as it stands, with fewer steps."""
