@@ -22,6 +22,7 @@ help:
 
 # torch goes first and alone: a requirement without a version may bring another build than the one asked for.
 $(VENV)/.run: pyproject.toml constraints.txt
+	@echo "installing into $(VENV), once; this takes a minute or more"
 	$(PY) -m venv $(VENV)
 	$(PIP) '$(PIP_TORCH)'
 	$(PIP) -c constraints.txt -e '.[data]'
