@@ -8,6 +8,8 @@ BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 export HF_HUB_OFFLINE = 1
+# Threads that wait by spinning make training many times slower on cores that are shared.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help setup demo test lint types test-floor bench docs readme clean
 
