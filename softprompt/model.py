@@ -35,7 +35,8 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
     """A frozen base model with one or more named prompts, one of them active.
 
     Outputs cover real tokens only (logits `[B, T, V]`); real tokens stand at positions p, p+1, … counted from the
-    attention mask, so padding on either side changes nothing.
+    attention mask, so padding on either side changes nothing. `state_dict()` holds prompts and heads only, so that a
+    checkpoint of a training loop does not repeat the frozen model.
     """
 
     def __init__(self, model: PreTrainedModel, peft_config: PromptConfig, adapter_name: str = "default") -> None:
@@ -57,6 +58,8 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         self.add_adapter(adapter_name, peft_config)
         model.requires_grad_(False)  # last: a config that does not fit leaves the model as it was
         self.set_adapter(adapter_name)
+        self.register_state_dict_post_hook(_leave_out_base)
+        self.register_load_state_dict_post_hook(_do_not_miss_base)
 
     # ---- adapters ------------------------------------------------------------------------------------------------
 
@@ -378,3 +381,15 @@ def _for_hub(options: dict[str, Any]) -> dict[str, Any]:
         if name not in (*for_hub, *without_effect):
             raise ConfigError(f"loading an adapter has no option {name!r}; it has {', '.join(for_hub)}.")
     return {name: value for name, value in options.items() if name in for_hub}
+
+
+def _leave_out_base(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """The frozen model is nobody's to save here; its tied weights and swapped heads would also be there twice."""
+    for name in [name for name in state if name.startswith(f"{prefix}base_model.")]:
+        del state[name]
+
+
+def _do_not_miss_base(model: nn.Module, incompatible: Any) -> None:
+    """Nor is it missing from what is loaded."""
+    own = {f"base_model.{name}" for name in model.get_submodule("base_model").state_dict()}
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in own]

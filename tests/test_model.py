@@ -607,6 +607,65 @@ def test_save_options_that_mean_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+# ---- other people's training loops --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", TWO_KINDS)
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_the_state_is_prompts_and_heads(family: str, method: str) -> None:
+    model = make(family, method, task="SEQ_CLS" if family == "bert" else None)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    heads = ["heads.copies.default.classifier.weight", "heads.copies.default.classifier.bias"]
+    assert list(state) == ["prompt_encoder.default.embedding.weight", *(heads if family == "bert" else [])]
+    other = make(family, method, task="SEQ_CLS" if family == "bert" else None)
+    train(other, 1)
+    other.load_state_dict(state)  # strictly
+    close(other(**tiny.ragged()).logits, model(**tiny.ragged()).logits)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({})
+    assert list(nn.Sequential(model).state_dict()) == [f"0.{name}" for name in state]
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Any]]):
+    def __init__(self, classes: bool) -> None:
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = torch.randint(3, tiny.VOCAB, (8,), generator=torch.Generator().manual_seed(index))
+        types = {"token_type_ids": torch.ones(8, dtype=torch.long)} if self.classes else {}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **types} | {
+            "labels": index % 3 if self.classes else ids
+        }
+
+
+@pytest.mark.parametrize(("family", "task"), [("gpt2", "CAUSAL_LM"), ("bert", "SEQ_CLS")])
+@pytest.mark.parametrize("method", ["p_tuning_mlp", "prefix"])
+def test_transformers_own_trainer(family: str, task: str, method: str, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=0.05, report_to=[],
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, use_cpu=True, disable_tqdm=True,
+        load_best_model_at_end=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    data = Rows(classes=task == "SEQ_CLS")
+    model = make(family, method, task=task)
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert after < before
+    assert trainer.predict(data).predictions.shape[0] == 8
+    saved = tmp_path / "checkpoint-4" / "model.safetensors"
+    assert saved.stat().st_size < sum(4 * p.numel() for p in model.get_base_model().parameters())
+    again = Trainer(model=make(family, method, task=task), args=arguments, train_dataset=data, eval_dataset=data)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert math.isclose(again.evaluate()["eval_loss"], after, rel_tol=1e-5)
+
+
 # ---- prompts -----------------------------------------------------------------------------------------------------
 
 
