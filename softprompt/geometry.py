@@ -61,6 +61,7 @@ def probe(door: AttentionDoor) -> Geometry:
         context=context,
         learned_positions=learned,
         position_offset=door.position_offset,
+        shared_layers=_repeats(first),
     )
 
 
@@ -73,16 +74,21 @@ def _check_door_tells_all(door: AttentionDoor, recording: Recording, causal: boo
             f"{kind} attends through transformers' AttentionInterface in {len(recording.modules)} of {layers} layers "
             "and keeps a state of another kind, which a prompt does not reach; use a model of attention layers alone."
         )
-    if len(set(recording.modules)) < len(recording.modules):
+    if causal and _repeats(recording):
         raise UnsupportedError(
-            f"{kind} runs the same attention layer several times, which a prompt cannot tell apart yet; use a model "
-            "whose layers each have their own."
+            f"{kind} runs one attention layer several times, which keys and values cannot tell apart yet; use a model "
+            "whose layers are all different."
         )
     if causal and not door.takes_positions:
         raise UnsupportedError(
             f"{kind}.forward takes no position_ids, so real tokens cannot be moved behind a prompt; use a model that "
             "takes them, such as gpt2, llama, mistral, qwen, gemma, opt or gpt_neox."
         )
+
+
+def _repeats(recording: Recording) -> bool:
+    """Whether layers share one attention module, as in ALBERT."""
+    return len(set(recording.modules)) < len(recording.modules)
 
 
 def _same(first: Tensor, other: Tensor) -> bool:

@@ -44,9 +44,15 @@ class Geometry:
     context: int | None
     learned_positions: bool
     position_offset: int
+    shared_layers: bool = False
 
     def uniform_layer(self) -> LayerShape:
-        """The one shape all layers share. Raises UnsupportedError where layers differ."""
+        """The one shape all layers share. Raises UnsupportedError where layers differ, or are one layer run again."""
+        if self.shared_layers:
+            raise UnsupportedError(
+                "this model runs one attention layer several times, so its layers cannot each have keys and values; use "
+                "prompt_tuning or p_tuning."
+            )
         shapes = {(layer.heads, layer.key_size, layer.value_size) for layer in self.layers}
         if len(shapes) > 1 or self.layers[0].key_size != self.layers[0].value_size:
             found = ", ".join(f"{h} heads of {k}/{v}" for h, k, v in sorted(shapes))

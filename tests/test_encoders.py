@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForTokenClassification,
@@ -286,6 +288,19 @@ def test_embeddings_narrower_than_the_layers(method: str) -> None:
     model = get_peft_model(base, METHODS[method](task_type="SEQ_CLS")).eval()
     close(model(**tiny.ragged(side="left")).logits, model(**tiny.ragged(side="right")).logits)
     assert model.peft_config["default"].token_dim == (32 if "prefix" in method else 12)
+
+
+def test_layers_that_are_one_layer_take_vectors_only() -> None:
+    config = AlbertConfig(
+        vocab_size=tiny.VOCAB, embedding_size=12, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=48, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    base = AlbertForSequenceClassification(config).eval()
+    model = get_peft_model(base, METHODS["prompt_tuning"](task_type="SEQ_CLS")).eval()
+    batch = tiny.ragged(side="left")
+    close(model(**batch).logits, torch.cat([naive(model, row).logits for row in rows_of(batch)]))
+    with pytest.raises(UnsupportedError, match=r"one attention layer several times.*prompt_tuning"):
+        model.add_adapter("prefix", METHODS["prefix"]())
 
 
 def test_an_encoder_cannot_fold_vectors() -> None:
