@@ -50,7 +50,7 @@ class Geometry:
         """The one shape all layers share. Raises UnsupportedError where layers differ, or are one layer run again."""
         if self.shared_layers:
             raise UnsupportedError(
-                "this model runs one attention layer several times, so its layers cannot each have keys and values; use "
+                "this model runs one attention layer several times, so its layers cannot have a prefix each; use "
                 "prompt_tuning or p_tuning."
             )
         shapes = {(layer.heads, layer.key_size, layer.value_size) for layer in self.layers}
