@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt import SoftPromptModel
-from softprompt.batches import BatchOrder, rate_factor, spread
 from softprompt.data import EncodedLabel, collate, encode_labels, load_labelled
 from softprompt.evaluate import evaluate_accuracy, pad_id
 from softprompt.loading import load_base, load_tokenizer
 from softprompt.recipe import Recipe
 from softprompt.train import train
+from softprompt.train.batches import BatchOrder, rate_factor, spread
 
 METHODS = ("prefix_tuning", "p_tuning")
 DEV = 300  # dev sentences, evenly spread over all 872, by which learning rates are chosen

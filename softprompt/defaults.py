@@ -23,7 +23,9 @@ class Defaults:
     batch_size: int = 16
     warmup: float = 0.06  # share of all steps
     schedule: str = "linear"
+    optimizer: str = "adamw"
     weight_decay: float = 0.0
+    beta1: float = 0.9
     beta2: float = 0.999
     clip: float = 1.0
     method_options: Mapping[str, Any] = field(default_factory=dict)

@@ -24,8 +24,8 @@ from rich.table import Table
 from softprompt.demo_data import HELD_OUT, TEMPLATE, TRAIN
 from softprompt.errors import SoftPromptError, TrainingError
 from softprompt.recipe import Recipe
-from softprompt.run_folder import RECIPE, SAMPLES, remove_run
 from softprompt.train import RunResult, train
+from softprompt.train.run_folder import RECIPE, SAMPLES, remove_run
 
 CONTENTS = {
     "adapter_model.safetensors": "the prompt; PEFT reads it too",

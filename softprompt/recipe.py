@@ -26,6 +26,7 @@ EMBEDDED = "embedded"  # the name under which a recipe asks for the model that s
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS")
 INITS = ("random", "vocab", "text", "examples")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -70,7 +71,9 @@ class Recipe:
     head_learning_rate: float | None = _help("peak learning rate of a classification head")
     schedule: str | None = _help("decay after the warm-up: linear, cosine or constant")
     warmup: float | None = _help("share of the steps over which the learning rate rises, 0 to 1")
-    weight_decay: float | None = _help("AdamW's weight decay")
+    optimizer: str | None = _help("adamw or muon")
+    weight_decay: float | None = _help("decoupled weight decay")
+    beta1: float | None = _help("momentum: the decay of averaged gradients, 0 to 1")
     beta2: float | None = _help("AdamW's decay of squared gradients, 0 to 1")
     clip: float | None = _help("largest gradient norm; 0 turns clipping off")
     base_dropout: bool = _help("keep the frozen model's own dropout on while training", True)
@@ -197,7 +200,7 @@ def _as_float(value: Any) -> float | None:
 
 
 def _check_choices(recipe: Recipe) -> None:
-    choices = {"task": TASKS, "init": INITS, "schedule": SCHEDULES, "dtype": DTYPES}
+    choices = {"task": TASKS, "init": INITS, "schedule": SCHEDULES, "optimizer": OPTIMIZERS, "dtype": DTYPES}
     for name, allowed in choices.items():
         value = getattr(recipe, name)
         if value is not None and value not in allowed:
@@ -212,7 +215,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("train_limit", "eval_limit"), (lambda value: value >= 1, "at least 1")),
     **dict.fromkeys(("epochs", "learning_rate", "head_learning_rate"), (lambda value: value > 0, "greater than 0")),
     **dict.fromkeys(("weight_decay", "clip", "save_steps", "samples", "seed"), (lambda value: value >= 0, "0 or more")),
-    **dict.fromkeys(("warmup", "beta2"), (lambda value: 0 <= value < 1, "from 0 up to, but not including, 1")),
+    **dict.fromkeys(("warmup", "beta1", "beta2"), (lambda value: 0 <= value < 1, "from 0 up to, but not including, 1")),
 }
 
 

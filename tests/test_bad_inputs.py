@@ -341,7 +341,7 @@ def test_any_system_error_names_cause_and_remedy(
     def failing(*_: Any) -> None:
         raise OSError(number, os.strerror(number), "some/file")
 
-    monkeypatch.setattr("softprompt.cli_use.facts_of", failing)
+    monkeypatch.setattr("softprompt.cli.use.facts_of", failing)
     status, _, err = shell.run("show", bench.prompt)
     assert (status, len(err.splitlines())) == (2, 1)
     assert f"some/file: {os.strerror(number)}" in err

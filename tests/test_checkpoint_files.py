@@ -11,7 +11,7 @@ import torch
 from test_checkpoint import CONFIGS, listing, prompt
 from torch import Tensor
 
-from softprompt import checkpoint_files
+from softprompt.checkpoint import files as checkpoint_files
 from softprompt.checkpoint import read_kv_file, save_adapter, write_tensors
 from softprompt.errors import CheckpointError
 from softprompt.methods import PromptEncoder

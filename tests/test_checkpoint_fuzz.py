@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_checkpoint_hostile import NAMES, TABLE, adapter, edit, store
 
 from softprompt.checkpoint import load_adapter, load_config
-from softprompt.checkpoint_config import config_to_json
+from softprompt.checkpoint.config_file import config_to_json
 from softprompt.errors import CheckpointError
 from softprompt.methods import PromptEncoderConfig
 

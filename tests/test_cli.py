@@ -16,9 +16,9 @@ from cli_kit import LABELLED, ROWS, Shell, save_base, save_prompt, write_rows
 from safetensors.torch import load_file
 
 from softprompt import KV, METHODS, PrefixTuningConfig, PromptTuningConfig, SoftPromptModel, __version__
-from softprompt.cli_flags import method_parameters, recipe_parameters, split_given
-from softprompt.cli_use import Decoding, answers
-from softprompt.prompted import example_of, open_prompted
+from softprompt.cli.flags import method_parameters, recipe_parameters, split_given
+from softprompt.cli.prompted import example_of, open_prompted
+from softprompt.cli.use import Decoding, answers
 from softprompt.recipe import Recipe
 
 SMALL = ("--num-virtual-tokens", 4, "--steps", 3, "--batch-size", 2, "--samples", 1, "--max-new-tokens", 4)
@@ -202,7 +202,7 @@ def test_a_long_answer_is_kept_within_the_context(
         limits.append(limit)
         return [""]
 
-    monkeypatch.setattr("softprompt.cli_use.generate_texts", generate)
+    monkeypatch.setattr("softprompt.cli.use.generate_texts", generate)
     shell.ok("generate", "--model", base, "--prompt", prompts["prefix"], "--input", "the cat", "--max-new-tokens", 9999)
     assert limits == [tiny.CONTEXT - 4 - len(tiny.tokenizer()("the cat")["input_ids"])]
 
@@ -306,7 +306,7 @@ def test_ctrl_c_outside_training(shell: Shell, monkeypatch: pytest.MonkeyPatch, 
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("softprompt.cli_use.facts_of", interrupted)
+    monkeypatch.setattr("softprompt.cli.use.facts_of", interrupted)
     status, _, err = shell.run("show", prompts["prefix"])
     assert (status, len(err.splitlines())) == (130, 1)
 
@@ -317,6 +317,6 @@ def test_a_bug_is_not_dressed_up_as_a_mistake(
     def broken(*_: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("softprompt.cli_use.facts_of", broken)
+    monkeypatch.setattr("softprompt.cli.use.facts_of", broken)
     with pytest.raises(ZeroDivisionError):
         shell.run("show", prompts["prefix"])

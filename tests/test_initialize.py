@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, RobertaConfig, RobertaForCausalLM, StaticCache
 
 from softprompt import (
     KV,
@@ -81,6 +81,23 @@ def test_with_the_ffn_fitted(family: str) -> None:
     ids = continuation()
     model(input_ids=ids, labels=ids).loss.backward()  # and it still trains
     assert all(torch.count_nonzero(p.grad) for p in model.prompt_encoder.parameters())
+
+
+@pytest.mark.parametrize("config", [PrefixTuningConfig, PromptTuningConfig])
+def test_positions_that_do_not_begin_at_zero(config: Any) -> None:
+    """RoBERTa counts from `padding_idx + 1`, as a decoder too (transformers' own `generate` forgets it there)."""
+    torch.manual_seed(0)
+    options = tiny.CONFIGS["roberta"][1]
+    base = RobertaForCausalLM(RobertaConfig(**options, is_decoder=True)).eval()
+    model = get_peft_model(base, config(task_type="CAUSAL_LM", num_virtual_tokens=COUNT)).eval()
+    initialize_from_text(model, tiny.tokenizer(), TEXT)
+    ids = continuation()
+    expected = base(input_ids=torch.cat([text_ids(), ids], dim=1)).logits[:, COUNT:]
+    positions = torch.arange(12)[None] + 1  # as RoBERTa's callers count them
+    for more in ({}, {"labels": ids}):
+        torch.testing.assert_close(model(input_ids=ids, **more).logits, expected, rtol=0, atol=1e-4)
+        given = model(input_ids=ids, position_ids=positions, **more).logits
+        torch.testing.assert_close(given, expected, rtol=0, atol=1e-4)
 
 
 def test_a_model_in_training_mode_starts_from_the_same_keys() -> None:

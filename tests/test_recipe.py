@@ -47,6 +47,8 @@ def test_resolved_leaves_nothing_that_training_needs_open(method: str, task: str
         "warmup",
         "schedule",
         "clip",
+        "optimizer",
+        "beta1",
         "beta2",
     )
     assert all(getattr(recipe, name) is not None for name in needed)
@@ -88,6 +90,7 @@ def test_yaml_scientific_notation_is_a_number(tmp_path: Path) -> None:
         ({"learning_rate": float("nan")}, "learning_rate is nan; it must be greater than 0"),
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
         ({"warmup": 1.0}, "warmup is 1.0; it must be from 0 up to"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; it must be one of adamw, muon"),
         ({"beta2": 1}, "beta2 is 1.0; it must be from 0 up to"),
         ({"seed": -1}, "seed is -1; it must be 0 or more"),
         ({"init": "magic"}, "init is 'magic'; it must be one of random, vocab, text, examples"),

@@ -13,11 +13,11 @@ import pytest
 import tiny
 import torch
 
-from softprompt.charts import Series, line_chart, smooth, thin, ticks
 from softprompt.errors import CheckpointError, ConfigError
-from softprompt.nearest import nearest_tokens
 from softprompt.recipe import Recipe
 from softprompt.report import write_report
+from softprompt.report.charts import Series, line_chart, smooth, thin, ticks
+from softprompt.report.nearest import nearest_tokens
 
 EVIL = "<script>alert(1)</script> & \"quotes\" 'too'"
 

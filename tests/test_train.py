@@ -16,12 +16,12 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from softprompt.batches import BatchOrder, epoch_batches, rate_factor, spread
 from softprompt.errors import CheckpointError, ConfigError, DataError, RunInterrupted, TrainingError
 from softprompt.model import SoftPromptModel
 from softprompt.recipe import Recipe
-from softprompt.run_folder import RunFolder, remove_run
 from softprompt.train import RunResult, train
+from softprompt.train.batches import BatchOrder, epoch_batches, rate_factor, spread
+from softprompt.train.run_folder import RunFolder, remove_run
 
 METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning")
 
@@ -104,7 +104,7 @@ def test_a_run_lowers_the_held_out_loss_and_writes_its_folder(workplace: Path, t
 def test_what_is_saved_is_what_was_measured(workplace: Path, tmp_path: Path) -> None:
     from softprompt.evaluate import evaluate_loss
     from softprompt.loading import load_base, load_tokenizer
-    from softprompt.run_data import read_source
+    from softprompt.train.run_data import read_source
 
     result = train(recipe(workplace, tmp_path / "run"))
     tokenizer = load_tokenizer(result.recipe.model)

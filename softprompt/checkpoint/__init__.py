@@ -2,7 +2,7 @@
 
 A folder with `adapter_config.json` and `adapter_model.safetensors` (`prompt_embeddings`, and task heads as
 `base_model.<path>.*`), which PEFT reads and writes too. Beside them there may be `encoder.safetensors`, which PEFT
-ignores: the encoder the prompt came from, to go on training with. Reading trusts nothing, see `checkpoint_guard`.
+ignores: the encoder the prompt came from, to go on training with. Reading trusts nothing, see `guard`.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from softprompt.checkpoint_config import CONFIG_NAME, config_to_json, method_of, parse_config, read_config
-from softprompt.checkpoint_files import locate, need, write_files
-from softprompt.checkpoint_guard import (
+from softprompt.checkpoint.config_file import CONFIG_NAME, config_to_json, method_of, parse_config, read_config
+from softprompt.checkpoint.files import locate, need, write_files
+from softprompt.checkpoint.guard import (
     check_adapter_name,
     check_finite,
     check_layouts,

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from softprompt.data.rows import Row, read_rows
 from softprompt.errors import ConfigError, DataError
-from softprompt.rows import Row, read_rows
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from softprompt.checkpoint_config import CONFIG_NAME
-from softprompt.checkpoint_guard import check_subfolder, file_inside, reason
+from softprompt.checkpoint.config_file import CONFIG_NAME
+from softprompt.checkpoint.guard import check_subfolder, file_inside, reason
 from softprompt.errors import CheckpointError
 
 Find = Callable[[str], Path | None]

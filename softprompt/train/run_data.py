@@ -11,7 +11,6 @@ from typing import Any, TypeVar, final
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.batches import spread
 from softprompt.data import (
     Encoded,
     EncodedLabel,
@@ -25,6 +24,7 @@ from softprompt.data import (
 )
 from softprompt.prompt import Geometry
 from softprompt.recipe import Recipe
+from softprompt.train.batches import spread
 
 EVAL_PAIRS = 400  # held-out pairs scored during training unless the recipe says otherwise; `softprompt eval` takes all
 

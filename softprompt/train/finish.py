@@ -15,14 +15,14 @@ import torch
 from softprompt.data import Example, LabelledExample, collate, encode_labels
 from softprompt.evaluate import generate_texts, pad_id
 from softprompt.model import SoftPromptModel
-from softprompt.nearest import nearest_tokens
 from softprompt.recipe import Recipe
 from softprompt.report import write_report
-from softprompt.run_folder import SAMPLES, SUMMARY
+from softprompt.report.nearest import nearest_tokens
+from softprompt.train.run_folder import SAMPLES, SUMMARY
 
 if TYPE_CHECKING:
-    from softprompt.run_result import RunResult
     from softprompt.train import Trainer
+    from softprompt.train.run_result import RunResult
 
 _KEPT = "kept"  # the name under which the saved prompt is loaded beside the one in training
 

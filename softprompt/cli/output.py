@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from softprompt.cli_flags import method_flags
+from softprompt.cli.flags import method_flags
 from softprompt.inspect_prompt import PromptFacts, summary
 from softprompt.methods import METHODS
 
@@ -22,7 +22,7 @@ NAMES = {"bleu": "BLEU", "chrf": "chrF", "tokens": "target tokens"}
 
 def print_result(console: Console, result: "RunResult") -> None:
     """Scores before and after, where everything is, and what to type next."""
-    from softprompt.finish import generate_command
+    from softprompt.train.finish import generate_command
 
     columns = {"frozen": result.frozen, "before training": result.start, "prompt": result.best}
     print_scores(console, {name: scores for name, scores in columns.items() if scores})

@@ -12,16 +12,16 @@ import typer
 from torch import Tensor
 
 from softprompt.checkpoint import load_adapter, save_adapter
+from softprompt.cli.prompted import Prompted, base_name, open_prompted, read_saved
 from softprompt.data import Example, LabelledExample, encode_all, encode_labels, expand, load_examples, load_labelled
 from softprompt.errors import ConfigError
 from softprompt.evaluate import evaluate_accuracy, evaluate_loss, generate_texts, pad_id, predict_labels, score_texts
 from softprompt.inspect_prompt import PromptFacts, describe, describe_kv, saved_kv
 from softprompt.loading import load_base, load_tokenizer
 from softprompt.methods import PrefixTuningConfig
-from softprompt.nearest import nearest_tokens
 from softprompt.prompt import KV
-from softprompt.prompted import Prompted, base_name, open_prompted, read_saved
 from softprompt.recipe import did_you_mean
+from softprompt.report.nearest import nearest_tokens
 
 Scores = dict[str, dict[str, float]]
 

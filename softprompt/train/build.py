@@ -13,7 +13,7 @@ from softprompt.errors import ConfigError
 from softprompt.methods import METHODS
 from softprompt.model import SoftPromptModel, get_peft_model
 from softprompt.recipe import Recipe, did_you_mean, options_for
-from softprompt.run_data import starting_text, vocabulary_text
+from softprompt.train.run_data import starting_text, vocabulary_text
 
 _RECIPE_SETS = ("num_virtual_tokens", "task_type", "peft_type", "inference_mode", "base_model_name_or_path")
 

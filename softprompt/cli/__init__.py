@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from softprompt.cli_flags import (
+from softprompt.cli.flags import (
     RECIPE_OPTIONS,
     check_options,
     method_parameters,
@@ -142,7 +142,7 @@ def train(
     **given: Any,
 ) -> None:
     """Train a prompt on a frozen model: a recipe, flags, or both."""
-    from softprompt.cli_output import print_result
+    from softprompt.cli.output import print_result
     from softprompt.train import train as run
 
     settings = build_recipe(recipe, resume, given)
@@ -153,7 +153,7 @@ def train(
 def build_recipe(path: str | None, resume: bool, given: dict[str, Any]) -> Any:
     """The recipe file (of the run itself, to resume without one) with the given flags over it."""
     from softprompt.recipe import Recipe, read_yaml
-    from softprompt.run_folder import RECIPE
+    from softprompt.train.run_folder import RECIPE
 
     settings, options = split_given(given)
     out = settings.get("out")
@@ -198,8 +198,8 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Complete one input, or every input of a file, one completion per line."""
-    from softprompt.cli_use import Decoding, answers, print_answers
-    from softprompt.prompted import example_of, examples_of, open_prompted, read_saved, template_of
+    from softprompt.cli.prompted import example_of, examples_of, open_prompted, read_saved, template_of
+    from softprompt.cli.use import Decoding, answers, print_answers
 
     if (text is None) == (file is None):
         raise ConfigError("give one input by --input TEXT, or many by --file FILE")
@@ -235,9 +235,9 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Measure a prompt on held-out data: loss, BLEU and chrF, or accuracy; the frozen model beside it."""
-    from softprompt.cli_output import print_scores
-    from softprompt.cli_use import EvalSettings, measure
-    from softprompt.prompted import open_prompted
+    from softprompt.cli.output import print_scores
+    from softprompt.cli.prompted import open_prompted
+    from softprompt.cli.use import EvalSettings, measure
 
     settings = EvalSettings(data, template, input_column, target_column, split, limit, max_new_tokens, batch_size)
     scores = measure(lambda: open_prompted(prompt, model, dtype, device), prompt, settings, frozen)
@@ -255,8 +255,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show what a prompt is: method, size, base model, norms, and the tokens nearest to it."""
-    from softprompt.cli_output import print_facts
-    from softprompt.cli_use import facts_of
+    from softprompt.cli.output import print_facts
+    from softprompt.cli.use import facts_of
 
     facts, note = facts_of(prompt, model, nearest)
     if as_json:
@@ -273,7 +273,7 @@ def convert(
     model: Model = None,
 ) -> None:
     """Convert a prompt: any front prompt to keys and values, old PEFT files to safetensors."""
-    from softprompt.cli_use import convert_prompt
+    from softprompt.cli.use import convert_prompt
 
     typer.echo(convert_prompt(prompt, to, out, model))
 
@@ -281,10 +281,6 @@ def convert(
 @app.command()
 def methods() -> None:
     """List the methods with their papers and flags."""
-    from softprompt.cli_output import print_methods
+    from softprompt.cli.output import print_methods
 
     print_methods(Console())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

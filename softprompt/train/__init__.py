@@ -16,18 +16,19 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.batches import BatchOrder, batches_per_epoch, rate_factor
-from softprompt.build import build_prompt, prompt_config
 from softprompt.data import collate
 from softprompt.errors import CheckpointError, ConfigError, RunInterrupted, TrainingError
 from softprompt.evaluate import evaluate_accuracy, evaluate_loss, pad_id
 from softprompt.loading import load_base, load_tokenizer
 from softprompt.model import SoftPromptModel
-from softprompt.progress import StopRequest, TrainingProgress
 from softprompt.recipe import Recipe, require_paths
-from softprompt.run_data import RunData, context_length, read_source
-from softprompt.run_folder import RECIPE, STATE, RunFolder
-from softprompt.run_result import Progress, RunResult
+from softprompt.train.batches import BatchOrder, batches_per_epoch, rate_factor
+from softprompt.train.build import build_prompt, prompt_config
+from softprompt.train.optimizers import Muon
+from softprompt.train.progress import StopRequest, TrainingProgress
+from softprompt.train.run_data import RunData, context_length, read_source
+from softprompt.train.run_folder import RECIPE, STATE, RunFolder
+from softprompt.train.run_result import Progress, RunResult
 
 # Settings that may differ between a run and its continuation, because no trained number depends on them.
 FREE_TO_CHANGE = ("out", "save_steps", "samples", "max_new_tokens", "eval_batch_size", "keep_encoder")
@@ -112,7 +113,7 @@ class Trainer:
 
     def run(self, on_step: StepHook | None = None) -> RunResult:
         """Train to the last step, then write the samples, the summary and the report."""
-        from softprompt.finish import finish
+        from softprompt.train.finish import finish
 
         with StopRequest() as stop, TrainingProgress(self.console, self.total, self.progress.step) as display:
             if self.progress.step == 0:
@@ -296,14 +297,16 @@ def total_steps(recipe: Recipe, examples: int) -> int:
 
 
 def _optimizer(recipe: Recipe, model: SoftPromptModel, trainable: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW with one group for the prompt and, where a head is trained too, one for the head."""
+    """The recipe's optimiser, with one group for the prompt and, where a head is trained too, one for the head."""
     prompt = {id(parameter) for encoder in model.prompt_encoder.values() for parameter in encoder.parameters()}
     groups = [
         {"params": [p for p in trainable.values() if (id(p) in prompt) == inside], "peak": _given(rate), "lr": rate}
         for inside, rate in ((True, recipe.learning_rate), (False, recipe.head_learning_rate))
     ]
-    betas = (0.9, _given(recipe.beta2))
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, weight_decay=_given(recipe.weight_decay))
+    groups, decay = [group for group in groups if group["params"]], _given(recipe.weight_decay)
+    if recipe.optimizer == "muon":
+        return Muon(groups, momentum=_given(recipe.beta1), weight_decay=decay)
+    return torch.optim.AdamW(groups, betas=(_given(recipe.beta1), _given(recipe.beta2)), weight_decay=decay)
 
 
 def _rank(scores: Mapping[str, float]) -> tuple[float, float]:

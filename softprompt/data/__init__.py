@@ -14,8 +14,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from softprompt.data.examples import Example, LabelledExample, Template, expand, load_examples, load_labelled
 from softprompt.errors import DataError
-from softprompt.examples import Example, LabelledExample, Template, expand, load_examples, load_labelled
 
 __all__ = [
     "IGNORED",

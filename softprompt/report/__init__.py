@@ -11,10 +11,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from softprompt.charts import Series, line_chart, smooth
 from softprompt.errors import CheckpointError
 from softprompt.recipe import EMBEDDED, Recipe
-from softprompt.run_folder import RECIPE, REPORT, SAMPLES, SUMMARY, RunFolder
+from softprompt.report.charts import Series, line_chart, smooth
+from softprompt.train.run_folder import RECIPE, REPORT, SAMPLES, SUMMARY, RunFolder
 
 TEMPLATE = "report.html.j2"
 

@@ -14,14 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.checkpoint import SavedAdapter, load_adapter
 from softprompt.data import Example, Template, input_ids
+from softprompt.data.examples import input_example
+from softprompt.data.rows import Row, read_rows
 from softprompt.errors import CheckpointError, ConfigError, DataError
-from softprompt.examples import input_example
 from softprompt.loading import EMBEDDED, load_base, load_tokenizer
 from softprompt.model import SoftPromptModel
 from softprompt.recipe import Recipe
-from softprompt.rows import Row, read_rows
-from softprompt.run_data import context_length
-from softprompt.run_folder import RECIPE, SUMMARY
+from softprompt.train.run_data import context_length
+from softprompt.train.run_folder import RECIPE, SUMMARY
 
 
 @dataclass(frozen=True)
