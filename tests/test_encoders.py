@@ -185,6 +185,24 @@ def test_token_types_follow_their_tokens(family: str, method: str, side: str) ->
     assert not torch.allclose(got, model(**batch).logits, atol=1e-3)
 
 
+@pytest.mark.parametrize("method", TWO_KINDS)
+def test_four_dimensional_masks(method: str) -> None:
+    """Two blocks of three tokens and one that nobody sees; every token sees the prompt, the prompt what any sees."""
+    model, ids = make("bert", method), torch.randint(3, tiny.VOCAB, (1, 7))
+    mask = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3), torch.zeros(1, 1)).bool()
+    got = model(input_ids=ids, attention_mask=mask[None, None]).logits
+    if method == "prefix":  # the pooled token sees its own block and the prompt
+        close(got, naive(model, ids[:, :3]).logits)
+        return
+    visible = torch.ones(COUNT + 7, COUNT + 7, dtype=torch.bool)
+    visible[COUNT:, COUNT:] = mask
+    visible[:COUNT, -1] = False
+    base = model.get_base_model()
+    embedded = torch.cat([model.encoder().prompt().vectors, base.get_input_embeddings()(ids)], dim=1)
+    close(got, base(inputs_embeds=embedded, attention_mask=visible[None, None]).logits)
+    assert not torch.allclose(got, model(input_ids=ids).logits, atol=1e-3)
+
+
 # ---- one output per token ----------------------------------------------------------------------------------------
 
 
