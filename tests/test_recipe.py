@@ -55,12 +55,13 @@ def test_resolved_leaves_nothing_that_training_needs_open(method: str, task: str
 
 
 def test_the_recipe_wins_over_the_table() -> None:
-    recipe = Recipe(learning_rate=0.5, epochs=2, method_options={"encoder_hidden_size": 7}).resolved()
+    options = {"encoder_hidden_size": 7}
+    recipe = Recipe(method="p_tuning", learning_rate=0.5, epochs=2, method_options=options).resolved()
     assert recipe.learning_rate == 0.5
     assert recipe.steps is None
     assert recipe.epochs == 2
     assert recipe.method_options["encoder_hidden_size"] == 7
-    assert recipe.method_options["prefix_projection"] is True
+    assert recipe.method_options["encoder_reparameterization_type"] == "MLP"
 
 
 def test_a_text_or_an_option_of_the_method_decides_the_init() -> None:

@@ -260,7 +260,7 @@ class Trap:
 def test_the_best_prompt_is_kept_not_the_last(workplace: Path, tmp_path: Path) -> None:
     """Held-out data unlike the training data: its loss falls while the prompt learns words, then rises again."""
     unlike = write_rows(tmp_path / "unlike.jsonl", [{"who": "cat 3", "said": "the dog ran by the house all night"}])
-    settings = recipe(workplace, tmp_path / "run", eval=unlike, steps=60, eval_steps=2, learning_rate=0.02)
+    settings = recipe(workplace, tmp_path / "run", eval=unlike, steps=60, eval_steps=2, learning_rate=0.5)
     result = train(settings)
     scores = {row["step"]: row["eval_loss"] for row in rows_of(result.folder) if "eval_loss" in row}
     assert len(scores) == 31
@@ -314,7 +314,7 @@ def test_chats_are_trained_on_through_the_chat_template(workplace: Path, tmp_pat
 
 
 def test_the_encoder_is_dropped_unless_asked_for(workplace: Path, tmp_path: Path) -> None:
-    train(recipe(workplace, tmp_path / "run", steps=1, keep_encoder=True))
+    train(recipe(workplace, tmp_path / "run", steps=1, keep_encoder=True, method_options={"prefix_projection": True}))
     assert (tmp_path / "run" / "encoder.safetensors").exists()
 
 
