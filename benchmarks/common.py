@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -44,22 +46,34 @@ def fingerprint(folder: Path) -> str:
 
 
 class Records:
-    """Result rows in a JSON file. Every row that is added is on disk at once, so a stopped benchmark goes on."""
+    """Result rows in a JSON file. Every row that is added is on disk at once, so a stopped benchmark goes on.
+
+    Several processes may add to one file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        self.rows: list[dict[str, Any]] = []
+        self._read()
+
+    def _read(self) -> None:
+        if self.path.exists():
+            self.rows = json.loads(self.path.read_text())
 
     def find(self, **wanted: Any) -> list[dict[str, Any]]:
         """The rows that have all of these values."""
+        self._read()
         return [row for row in self.rows if all(row.get(name) == value for name, value in wanted.items())]
 
     def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("[\n" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in self.rows) + "\n]\n")
-        os.replace(partial, self.path)
+        with (Path(tempfile.gettempdir()) / f"softprompt-{self.path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._read()
+            self.rows.append(row)
+            partial.write_text("[\n" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in self.rows) + "\n]\n")
+            os.replace(partial, self.path)
         print(json.dumps(row, ensure_ascii=False), flush=True)
 
 

@@ -47,6 +47,7 @@ WARMUP = 0.06
 LOSS_PAIRS = 400  # dev pairs for the loss, evenly spread over all 4,672
 BLEU_INPUTS = 100  # dev meaning representations for BLEU, evenly spread over all 547, with all their references
 NEW_TOKENS = 96
+FINALISTS = 2  # settings of PEFT's grid that are trained for all steps
 METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning")
 ARMS = {"ours": "softprompt, defaults", "default": "PEFT, defaults", "best": "PEFT, best found"}
 
@@ -198,8 +199,8 @@ class Bench:
     def best(self, method: str, steps: int, grid_steps: int) -> Setting:
         """PEFT's best setting: the whole grid for few steps, then the best two for all steps."""
         short = {str(s): self.peft("grid", method, s, 0, grid_steps) for s in GRID[method]}
-        finalists = sorted(GRID[method], key=lambda s: short[str(s)])[:2]
-        return min(finalists, key=lambda s: self.peft("grid", method, s, 0, steps))
+        finalists = sorted(GRID[method], key=lambda s: short[str(s)])[:FINALISTS]
+        return min(finalists, key=lambda s: self.peft("best", method, s, 0, steps))
 
 
 def peft_model(method: str, setting: Setting, bench: Bench, seed: int) -> Any:
@@ -236,17 +237,18 @@ def describe_default(method: str) -> str:
     return f"from {default.init}, {default.optimizer}, {Setting(default.learning_rate, options)}"
 
 
-def run(name: str, seeds: int, steps: int, grid_steps: int, parts: list[str], records: Records) -> None:
-    bench = Bench(name, records)
+def run(bench: Bench, wanted: argparse.Namespace) -> None:
+    """Run what is missing, seed by seed, so that a run that is stopped has something of everything."""
     bench.frozen()
-    for seed in range(seeds):  # seed by seed, so that a run that is stopped has something of everything
-        for method in METHODS:
+    parts, steps = wanted.parts.split(","), wanted.steps
+    for seed in range(wanted.seeds):
+        for method in wanted.methods.split(","):
             if "ours" in parts:
                 bench.ours(method, seed, steps)
             if "default" in parts:
                 bench.peft("default", method, PEFT_DEFAULTS[method], seed, steps)
             if "best" in parts:
-                bench.peft("best", method, bench.best(method, steps, grid_steps), seed, steps)
+                bench.peft("best", method, bench.best(method, steps, wanted.grid_steps), seed, steps)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -274,10 +276,16 @@ def _of_model(rows: list[dict[str, Any]]) -> str:
     for method in METHODS:
         for arm, label in ARMS.items():
             found = [row for row in rows if row["arm"] == arm and row.get("method") == method]
-            found = [row for row in found if row["setting"] == found[-1]["setting"] and row["steps"] == _steps(rows)]
             if found:
-                lines.append(_line(method, label, found))
+                lines.append(_line(method, label, _of_one_setting(found, arm)))
     return table(["method", "trained by", "setting", "trained parameters", "loss", "BLEU"], lines)
+
+
+def _of_one_setting(rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    """The rows of PEFT's better finalist (by seed 0, which both have); of the newest setting in the other arms."""
+    first = [row for row in rows if row["seed"] == 0]
+    chosen = min(first, key=lambda row: row["loss"]) if arm == "best" else rows[-1]
+    return [row for row in rows if (row["setting"], row["steps"]) == (chosen["setting"], chosen["steps"])]
 
 
 def _line(method: str, label: str, rows: list[dict[str, Any]]) -> list[str]:
@@ -306,13 +314,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--grid-steps", type=int, default=100, help="steps of each setting of PEFT's grid")
     parser.add_argument("--parts", default="ours,default,best", help="which arms to run, separated by commas")
+    parser.add_argument("--methods", default=",".join(METHODS), help="which methods to run, separated by commas")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--table", action="store_true", help="run nothing, write the table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     records = Records(RESULTS / "e2e.json")
     for name in [] if arguments.table else arguments.model or ["stories260K", EMBEDDED]:
-        run(name, arguments.seeds, arguments.steps, arguments.grid_steps, arguments.parts.split(","), records)
+        run(Bench(name, records), arguments)
     print(write_table(records))
 
 
