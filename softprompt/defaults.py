@@ -36,8 +36,8 @@ FALLBACK = Defaults()
 # The causal rows are measured in benchmarks/results/e2e_defaults.md (E2E, two small Llamas). In short:
 # - Little momentum and a short memory for squared gradients: a run is a few hundred steps, and its first gradients are
 #   many times its later ones. With beta2 at 0.999 the steps stay small for most of it.
-# - The embedding methods train with Muon: AdamW moves a prompt of 20 vectors mostly in the one direction they share.
-# - A prefix starts from training examples and is trained directly; its FFN is worth having only from a random start.
+# - The embedding methods train with Muon, which moves all directions of a matrix equally far; P-tuning gains the most.
+# - A prefix starts from training examples and is trained directly; the FFN is worth having only from a random start.
 _TABLE: dict[tuple[str, str], Defaults] = {
     ("prompt_tuning", "CAUSAL_LM"): Defaults(learning_rate=0.3, optimizer="muon", beta1=0.7),
     ("prompt_tuning", "SEQ_CLS"): Defaults(learning_rate=0.05, init="random"),
@@ -56,7 +56,7 @@ _TABLE: dict[tuple[str, str], Defaults] = {
         method_options={"encoder_reparameterization_type": "MLP", "encoder_hidden_size": 256},
     ),
     ("prefix_tuning", "CAUSAL_LM"): Defaults(
-        learning_rate=0.25,
+        learning_rate=0.4,
         beta1=0.6,
         beta2=0.8,
         method_options={"prefix_projection": False},
