@@ -223,6 +223,11 @@ class KVPrompt(SoftPrompt):
     @classmethod
     def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
         layer = geometry.uniform_layer()
+        # As in PEFT, the model's width and query heads may be given where keys and values are fewer (grouped queries).
+        if config.token_dim == geometry.hidden_size:
+            config = replace(config, token_dim=None)
+        if config.num_attention_heads == geometry.query_heads:
+            config = replace(config, num_attention_heads=None)
         return _filled(config, token_dim=layer.heads * layer.key_size, num_layers=len(geometry.layers),
                        num_attention_heads=layer.heads)  # fmt: skip
 

@@ -278,7 +278,8 @@ def test_inference_mode_trains_nothing_and_has_no_encoder() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (PrefixTuningConfig(token_dim=32), "token_dim=32.*16"),
+        (PrefixTuningConfig(token_dim=64), "token_dim=64.*16"),
+        (PrefixTuningConfig(num_attention_heads=3), "num_attention_heads=3.*2"),
         (PrefixTuningConfig(num_layers=3), "num_layers=3.*2"),
         (PromptTuningConfig(token_dim=64), "token_dim=64.*32"),
         (PromptTuningConfig(num_transformer_submodules=2), "num_transformer_submodules=2"),
@@ -299,6 +300,17 @@ def test_a_config_that_does_not_fit_changes_nothing(config: Any, message: str) -
         model.add_adapter("more", config)
     assert list(model.peft_config) == list(model.prompt_encoder) == ["default"]
     assert dict(base.named_modules()) == modules
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_sizes_as_peft_documents_them(family: str) -> None:
+    """The model's own width and heads; keys and values of grouped queries have fewer."""
+    sizes: dict[str, Any] = {"token_dim": 32, "num_attention_heads": 4, "num_layers": 2}
+    for config in (PrefixTuningConfig(**sizes), PromptTuningConfig(**sizes), PromptEncoderConfig(**sizes)):
+        model = get_peft_model(tiny.build(family), config)
+        grouped = family == "llama" and isinstance(config, PrefixTuningConfig)
+        assert model.peft_config["default"].token_dim == (16 if grouped else 32)
+        assert model.peft_config["default"].num_attention_heads == (2 if grouped else 4)
 
 
 def test_a_config_of_no_method() -> None:
