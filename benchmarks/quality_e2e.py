@@ -47,12 +47,12 @@ WARMUP = 0.06
 LOSS_PAIRS = 400  # dev pairs for the loss, evenly spread over all 4,672
 BLEU_INPUTS = 100  # dev meaning representations for BLEU, evenly spread over all 547, with all their references
 NEW_TOKENS = 96
-FINALISTS = 2  # settings of PEFT's grid that are trained for all steps
+CANDIDATES = 3  # settings that `--like MODEL` takes over from that model's grid
 METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning")
 ARMS = {"ours": "softprompt, defaults", "default": "PEFT, defaults", "best": "PEFT, best found"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     """One way to train a method with PEFT; `from_text` starts from the training examples that ours starts from."""
 
@@ -196,11 +196,18 @@ class Bench:
         if abs(losses[0] - losses[1]) > 1e-3 * max(1.0, losses[0]):
             raise SystemExit(f"PEFT's loss is {losses[0]}, the same prompt's here {losses[1]}: not a fair comparison")
 
-    def best(self, method: str, steps: int, grid_steps: int) -> Setting:
-        """PEFT's best setting: the whole grid for few steps, then the best two for all steps."""
-        short = {str(s): self.peft("grid", method, s, 0, grid_steps) for s in GRID[method]}
-        finalists = sorted(GRID[method], key=lambda s: short[str(s)])[:FINALISTS]
-        return min(finalists, key=lambda s: self.peft("best", method, s, 0, steps))
+    def best(self, method: str, wanted: argparse.Namespace) -> Setting:
+        """PEFT's best setting: the candidates for few steps, then the best of them for all steps."""
+        short = {s: self.peft("grid", method, s, 0, wanted.grid_steps) for s in self._candidates(method, wanted.like)}
+        finalists = sorted(short, key=lambda s: short[s])[: wanted.finalists]
+        return min(finalists, key=lambda s: self.peft("best", method, s, 0, wanted.steps))
+
+    def _candidates(self, method: str, like: str | None) -> list[Setting]:
+        """The whole grid, or the `CANDIDATES` of it that were best on another model."""
+        if like is None:
+            return GRID[method]
+        losses = {row["setting"]: row["loss"] for row in self.records.find(model=like, arm="grid", method=method)}
+        return sorted(GRID[method], key=lambda s: losses.get(str(s), float("inf")))[:CANDIDATES]
 
 
 def peft_model(method: str, setting: Setting, bench: Bench, seed: int) -> Any:
@@ -248,7 +255,7 @@ def run(bench: Bench, wanted: argparse.Namespace) -> None:
             if "default" in parts:
                 bench.peft("default", method, PEFT_DEFAULTS[method], seed, steps)
             if "best" in parts:
-                bench.peft("best", method, bench.best(method, steps, wanted.grid_steps), seed, steps)
+                bench.peft("best", method, bench.best(method, wanted), seed, steps)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -313,6 +320,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--grid-steps", type=int, default=100, help="steps of each setting of PEFT's grid")
+    parser.add_argument("--finalists", type=int, default=2, help="settings of the grid that get all steps")
+    parser.add_argument("--like", help="try only the settings of the grid that were best on this model")
     parser.add_argument("--parts", default="ours,default,best", help="which arms to run, separated by commas")
     parser.add_argument("--methods", default=",".join(METHODS), help="which methods to run, separated by commas")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
