@@ -26,8 +26,8 @@ follows no instructions. Use it to see a soft prompt learn something in seconds,
 ## Architecture
 
 Llama with grouped-query attention: {layers} layers, hidden size {hidden}, {heads} heads of {head_dim} with
-{kv_heads} key-value heads, feed-forward {ffn}, tied embeddings, context {context}, RoPE theta 10000. The weights are stored in
-float16 and load in float32.
+{kv_heads} key-value heads, feed-forward {ffn}, tied embeddings, context {context}, RoPE theta 10000. The weights are
+stored in float16 and load in float32.
 
 The tokenizer is a byte-level BPE of {vocab} tokens trained on the same mixture, with `<|pad|>`, `<|bos|>` and
 `<|eos|>`. Any text decodes back to itself. Digits are single tokens, and a run of newlines is one token of its own.
@@ -38,8 +38,9 @@ chat.
 ## Training
 
 {steps} optimiser steps, {tokens:.1f} million tokens ({passes:.2f} passes over the mixture below), in {minutes:.0f}
-minutes of wall-clock on a CPU ({threads} threads of an {cpu}, at low priority on a shared machine), in bfloat16
-autocast with float32 master weights, {step_tokens} tokens a step. {optimizer}
+minutes of wall-clock on a CPU ({threads} threads of an {cpu}, shared with other work), in bfloat16 autocast with
+float32 master weights, {step_tokens} tokens a step.
+{optimizer}
 Linear warm-up over the first steps, a constant rate, and a linear decay over the last quarter of the time. Windows of
 256 tokens for the first {short:.0%} of the time and of 1024 after that.
 
@@ -108,7 +109,10 @@ def curve(history: list[dict[str, float]]) -> str:
         [f"{r['minutes']:.0f}", f"{r['step']}", f"{r['train']:.3f}", f"{r['corpus']:.3f}", f"{r['stories']:.3f}"]
         for r in rows
     ]
-    head = "During the run, nats per token on the first 24 windows of each held-out file:\n\n"
+    head = (
+        "During the run, nats per token on the first 24 windows of each held-out file. They are windows of 1024 "
+        "throughout, so\nwhile the model trains on windows of 256 most of each lies beyond the positions it knows.\n\n"
+    )
     return head + "| minutes | step | training | corpus | stories |\n|---|---|---|---|---|\n" + table(lines)
 
 

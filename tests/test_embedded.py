@@ -74,7 +74,7 @@ def test_loss_is_far_below_chance(tokenizer: PreTrainedTokenizerBase, model: Lla
     ids = tokenizer(PARAGRAPH, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         loss = model(input_ids=ids, labels=ids).loss.item()
-    assert loss < 4.0  # an untrained model of this vocabulary gives about ln 4096 = 8.3
+    assert loss < 3.5  # an untrained model of this vocabulary gives about ln 4096 = 8.3
 
 
 def test_folder_is_small() -> None:
