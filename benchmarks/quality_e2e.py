@@ -266,26 +266,28 @@ def write_table(records: Records) -> str:
     parts = []
     for name in dict.fromkeys(row["model"] for row in records.rows):
         weights = records.find(model=name)[-1]["weights"]
-        rows = records.find(model=name, weights=weights)
-        parts.append(f"**{name}**, {_steps(rows)} steps of {BATCH} pairs, {TOKENS} virtual tokens\n\n{_of_model(rows)}")
-    text = "\n".join(parts) + "\n" + _footer(records)
+        parts.append(_of_model(name, records.find(model=name, weights=weights)))
+    text = "\n".join(parts) + "\n" + _footer()
     (RESULTS / "e2e.md").write_text(text, encoding="utf-8")
     return text
 
 
-def _steps(rows: list[dict[str, Any]]) -> int:
-    return max((row["steps"] for row in rows if row["arm"] in ARMS), default=0)
-
-
-def _of_model(rows: list[dict[str, Any]]) -> str:
-    frozen = [row for row in rows if row["arm"] == "frozen"]
-    lines = [["frozen model", "–", "–", "–", f"{row['loss']:.3f}", f"{row['bleu']:.1f}"] for row in frozen]
+def _of_model(name: str, rows: list[dict[str, Any]]) -> str:
+    arms = {arm: [row for row in rows if row["arm"] == arm] for arm in (*ARMS, "frozen", "grid")}
+    lines = [["frozen model", "–", "–", "–", f"{row['loss']:.3f}", f"{row['bleu']:.1f}"] for row in arms["frozen"]]
     for method in METHODS:
-        for arm, label in ARMS.items():
-            found = [row for row in rows if row["arm"] == arm and row.get("method") == method]
+        for arm in ARMS:
+            found = [row for row in arms[arm] if row["method"] == method]
             if found:
-                lines.append(_line(method, label, _of_one_setting(found, arm)))
-    return table(["method", "trained by", "setting", "trained parameters", "loss", "BLEU"], lines)
+                lines.append(_line(method, arm, _of_one_setting(found, arm)))
+    grid = {(row["method"], row["setting"]) for row in arms["grid"]}
+    short = max((row["steps"] for row in arms["grid"]), default=0)
+    steps = max((row["steps"] for row in arms["ours"] + arms["default"]), default=0)
+    head = (
+        f"**{name}**, {steps} steps of {BATCH} pairs, {TOKENS} virtual tokens. PEFT's best was looked for among "
+        f"{len(grid)} settings of the three methods ({short} steps each, then the best for all steps).\n\n"
+    )
+    return head + table(["method", "trained by", "setting", "trained parameters", "loss", "BLEU"], lines)
 
 
 def _of_one_setting(rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
@@ -295,22 +297,20 @@ def _of_one_setting(rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]
     return [row for row in rows if (row["setting"], row["steps"]) == (chosen["setting"], chosen["steps"])]
 
 
-def _line(method: str, label: str, rows: list[dict[str, Any]]) -> list[str]:
+def _line(method: str, arm: str, rows: list[dict[str, Any]]) -> list[str]:
     loss, bleu = (spread_of([row[name] for row in rows], digits) for name, digits in (("loss", 3), ("bleu", 1)))
-    strong = "**" if label == ARMS["ours"] else ""
-    count = f"{rows[0]['parameters']:,}"
-    return [f"`{method}`", label, rows[0]["setting"], count, f"{strong}{loss}{strong}", f"{strong}{bleu}{strong}"]
+    strong = "**" if arm == "ours" else ""
+    seeds = f" ({len(rows)} seed{'s' * (len(rows) > 1)})"
+    cells = [f"`{method}`", ARMS[arm] + seeds, rows[0]["setting"], f"{rows[0]['parameters']:,}"]
+    return [*cells, f"{strong}{loss}{strong}", f"{strong}{bleu}{strong}"]
 
 
-def _footer(records: Records) -> str:
-    tried = len({(row["method"], row["setting"]) for row in records.find(arm="grid")})
-    seeds = len({row["seed"] for row in records.find(arm="ours")})
+def _footer() -> str:
     return (
-        f"Held-out loss in nats per target token ({LOSS_PAIRS} dev pairs), BLEU by sacrebleu with all references "
-        f"({BLEU_INPUTS} dev inputs, greedy, at most {NEW_TOKENS} new tokens); mean ± standard deviation over {seeds} "
-        f"seeds. The same examples, order, batch size, steps, warm-up, decay and clipping, in float32, for both; "
-        f"PEFT is trained with AdamW. “PEFT, best found” is the best of {tried} "
-        f"settings by the loss shown here. {machine()}.\n"
+        f"Loss in nats per target token ({LOSS_PAIRS} dev pairs); BLEU by sacrebleu with all references ({BLEU_INPUTS} "
+        f"dev inputs, greedy, at most {NEW_TOKENS} new tokens); mean ± standard deviation over the seeds. The same "
+        f"examples in the same order, batch size, steps, warm-up, decay and clipping for both, float32; PEFT's prompts "
+        f"are trained with AdamW. {machine()}.\n"
     )
 
 
