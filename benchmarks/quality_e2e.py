@@ -274,7 +274,7 @@ def write_table(records: Records) -> str:
 
 def _of_model(name: str, rows: list[dict[str, Any]]) -> str:
     arms = {arm: [row for row in rows if row["arm"] == arm] for arm in (*ARMS, "frozen", "grid")}
-    lines = [["frozen model", "–", "–", "–", f"{row['loss']:.3f}", f"{row['bleu']:.1f}"] for row in arms["frozen"]]
+    lines = [["frozen model", "–", "–", "–", f"{row['loss']:.3f}", f"{row['bleu']:.1f}"] for row in arms["frozen"][-1:]]
     for method in METHODS:
         for arm in ARMS:
             found = [row for row in arms[arm] if row["method"] == method]
