@@ -93,7 +93,7 @@ def _print_training(console: Console, result: RunResult) -> None:
     console.print(table)
     console.print(
         f"{result.steps} steps in {result.seconds:.0f} s; {result.base_parameters:,} frozen parameters, "
-        f"{result.trainable_parameters:,} trained, of which the encoder is dropped on saving"
+        f"{result.trainable_parameters:,} trained"
     )
 
 
