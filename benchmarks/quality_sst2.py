@@ -97,7 +97,7 @@ class Bench:
     def key(self, arm: str, method: str, recipe: Recipe) -> dict[str, Any]:
         setting = f"lr {recipe.learning_rate:g}, head {recipe.head_learning_rate:g}"
         if arm == "ours":
-            setting = f"init {recipe.init}, {setting}"
+            setting = f"init {recipe.init}, {recipe.optimizer}, {setting}"
         key = {"arm": arm, "method": method, "seed": recipe.seed, "steps": recipe.steps, "batch": recipe.batch_size}
         return {**key, "virtual_tokens": recipe.num_virtual_tokens, "setting": setting, "weights": self.weights}
 
@@ -271,9 +271,10 @@ def _footer(records: Records) -> str:
     tried = [len({row["setting"] for row in records.find(arm=f"{arm} grid")}) for arm in ("peft", "head")]
     return (
         f"All 1,821 test sentences; mean ± standard deviation over {seeds} seeds. Steps of {batch} sentences: {steps}; "
-        "the classifier alone and the regression get those of prefix tuning. AdamW, linear warm-up and decay, float32, "
-        "no dropout, last step kept. Ours is `softprompt train` with the recipes in examples/sst2; the rates of PEFT "
-        f"are the best of {tried[0]} settings, those of the classifier alone of {tried[1]}, by loss on {DEV} dev "
+        "the classifier alone and the regression get those of prefix tuning. AdamW where nothing else is said, linear "
+        "warm-up and decay, float32, no dropout, last step kept. Ours is `softprompt train` with the recipes in "
+        f"examples/sst2; the rates of PEFT are the best of {tried[0]} settings, those of the classifier alone of "
+        f"{tried[1]}, by loss on {DEV} dev "
         f"sentences. {machine()}.\n"
     )
 
