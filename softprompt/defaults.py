@@ -47,8 +47,8 @@ _TABLE: dict[tuple[str, str], Defaults] = {
         beta1=0.8,
         method_options={"encoder_reparameterization_type": "MLP", "encoder_hidden_size": 256},
     ),
-    # SEQ_CLS: all-MiniLM-L6-v2 on SST-2, batches of 16, loss on 300 dev sentences (0.693 is chance). Muon from a training
-    # sentence 0.40 after 300 steps. AdamW after 120: from a training sentence 0.47, at random 0.53.
+    # SEQ_CLS: all-MiniLM-L6-v2 on SST-2, batches of 16, loss on 300 dev sentences (0.693 is chance). Muon from a
+    # training sentence 0.40 after 300 steps. AdamW after 120: from a training sentence 0.47, at random 0.53.
     ("p_tuning", "SEQ_CLS"): Defaults(
         learning_rate=1e-2,
         head_learning_rate=0.02,
