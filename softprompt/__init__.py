@@ -21,7 +21,16 @@ from softprompt.methods import (
     PromptTuningInit,
     get_peft_config,
 )
-from softprompt.model import PeftModel, SoftPromptModel, get_peft_model
+from softprompt.model import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    SoftPromptModel,
+    get_peft_model,
+)
 from softprompt.prompt import KV, Embeddings, SoftPrompt
 
 PeftConfig = PromptConfig
@@ -36,6 +45,11 @@ __all__ = [
     "Embeddings",
     "PeftConfig",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "PeftType",
     "PrefixEncoder",
     "PrefixTuningConfig",

@@ -363,6 +363,9 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
 
 
 PeftModel = SoftPromptModel
+# PEFT has one class per head; here nothing depends on the head, so its names mean the one class.
+PeftModelForCausalLM = PeftModelForSequenceClassification = PeftModelForTokenClassification = SoftPromptModel
+PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = SoftPromptModel
 
 
 def _method_of(config: PromptConfig) -> type[SoftPrompt]:

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 
+import softprompt
 from softprompt import (
     METHODS,
     ConfigError,
@@ -150,3 +151,11 @@ def test_is_prompt_learning_and_table_size() -> None:
     assert config.is_prompt_learning
     assert config.total_virtual_tokens == 6
     assert "PrefixTuningConfig" in str(config)
+
+
+def test_the_public_names_are_there_and_pefts_classes_per_head_mean_one_class() -> None:
+    assert all(getattr(softprompt, name) is not None for name in softprompt.__all__)
+    heads = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "FeatureExtraction")
+    for head in heads:
+        assert hasattr(peft, f"PeftModelFor{head}")
+        assert getattr(softprompt, f"PeftModelFor{head}") is softprompt.SoftPromptModel
