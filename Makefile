@@ -64,7 +64,8 @@ $(VENV)/.floor: pyproject.toml constraints-floor.txt
 	@touch $@
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/quality_e2e.py --model stories260K --model embedded
+	$(BIN)/python benchmarks/quality_e2e.py --model stories260K --steps 150 --grid-steps 60
+	$(BIN)/python benchmarks/quality_e2e.py --model embedded --steps 100 --grid-steps 30 --like stories260K --finalists 1
 	$(BIN)/python benchmarks/quality_sst2.py
 	$(BIN)/python scripts/fill_readme.py
 
