@@ -85,7 +85,7 @@ GRID: dict[str, list[Setting]] = {
         *(Setting(rate, from_text=True) for rate in (0.3, 1.0)),
     ],
     "p_tuning": [
-        *(Setting(rate, _encoder("MLP", 128)) for rate in (1e-2, 2e-2)),
+        *(Setting(rate, _encoder("MLP", 128)) for rate in (3e-3, 1e-2, 2e-2)),
         *(Setting(rate, _encoder("MLP", 512)) for rate in (3e-3, 1e-2)),
         Setting(5e-3, _encoder("LSTM", 128)),
     ],
@@ -277,7 +277,8 @@ def _of_model(name: str, rows: list[dict[str, Any]]) -> str:
     lines = [["frozen model", "–", "–", "–", f"{row['loss']:.3f}", f"{row['bleu']:.1f}"] for row in arms["frozen"][-1:]]
     for method in METHODS:
         for arm in ARMS:
-            found = [row for row in arms[arm] if row["method"] == method]
+            pool = arms[arm] + (arms["default"] if arm == "best" else [])  # PEFT's defaults may be its best
+            found = [row for row in pool if row["method"] == method]
             if found:
                 lines.append(_line(method, arm, _of_one_setting(found, arm)))
     grid = {(row["method"], row["setting"]) for row in arms["grid"]}
