@@ -270,7 +270,8 @@ def _footer(records: Records) -> str:
     steps = " and ".join(f"{rows[0]['steps']} ({rows[0]['method']})" for rows in ours)
     tried = [len({row["setting"] for row in records.find(arm=f"{arm} grid")}) for arm in ("peft", "head")]
     return (
-        f"All 1,821 test sentences; mean ± standard deviation over {seeds} seeds. Steps of {batch} sentences: {steps}; "
+        f"All 1,821 test sentences; mean ± standard deviation over {seeds} seeds (one seed where no deviation stands). "
+        f"Steps of {batch} sentences: {steps}; "
         "the classifier alone and the regression get those of prefix tuning. AdamW where nothing else is said, linear "
         "warm-up and decay, float32, no dropout, last step kept. Ours is `softprompt train` with the recipes in "
         f"examples/sst2; the rates of PEFT are the best of {tried[0]} settings, those of the classifier alone of "
