@@ -6,7 +6,8 @@
 
 Three arms for each method: `softprompt train` with its default settings; PEFT with its default initialisation and the
 learning rate of its documentation; PEFT with the best of a grid (every setting of `GRID` for `--grid-steps` steps, the
-best two again for all steps, the best of those with all seeds – chosen by the loss reported here, in PEFT's favour).
+best two again for all steps, the best of those, or the defaults if better, with all seeds – chosen by the loss that
+is reported, in PEFT's favour). `--like MODEL --finalists 1` shortens this for a second model.
 The rest is the same for all: virtual tokens, examples and their order, batch size, number of steps, linear warm-up and
 decay, gradients clipped at 1, no weight decay, float32, loss on the target only, last step kept. PEFT, which brings no
 training loop, gets ours with torch's AdamW; the optimiser and its momentum are part of our default settings. Its
@@ -292,10 +293,13 @@ def _of_model(name: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _of_one_setting(rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
-    """The rows of PEFT's better finalist (by seed 0, which both have); of the newest setting in the other arms."""
-    first = [row for row in rows if row["seed"] == 0]
-    chosen = min(first, key=lambda row: row["loss"]) if arm == "best" else rows[-1]
-    return [row for row in rows if (row["setting"], row["steps"]) == (chosen["setting"], chosen["steps"])]
+    """Of PEFT's settings with the most seeds the rows of the one with the lowest mean loss; elsewhere of the newest."""
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        settings.setdefault(f"{row['setting']} {row['steps']}", []).append(row)
+    if arm != "best":
+        return list(settings.values())[-1]
+    return min(settings.values(), key=lambda found: (-len(found), sum(row["loss"] for row in found) / len(found)))
 
 
 def _line(method: str, arm: str, rows: list[dict[str, Any]]) -> list[str]:
