@@ -47,7 +47,7 @@ def run(arguments: list[str], folder: Path) -> str:
 @pytest.mark.slow
 def test_python_example_runs(tmp_path: Path) -> None:
     printed = run([sys.executable, "-c", block("README.md", "python")], tmp_path)
-    assert printed.startswith("name: Ruby | kind: duck =>")
+    assert printed.strip() == "name: Milo | kind: duck => Milo is a duck."
     assert {file.name for file in (tmp_path / "my-prompt").iterdir()} >= {
         "adapter_config.json",
         "adapter_model.safetensors",
