@@ -5,7 +5,7 @@
     python benchmarks/quality_e2e.py --table                            only writes benchmarks/results/e2e.md
 
 Three arms for each method: `softprompt train` with its default settings; PEFT with its default initialisation and the
-learning rate of its documentation; PEFT with the best of a grid (every setting of `GRID` for `--grid-steps` steps, the
+learning rate people use for it; PEFT with the best of a grid (every setting of `GRID` for `--grid-steps` steps, the
 best two again for all steps, the best of those, or the defaults if better, with all seeds – chosen by the loss that
 is reported, in PEFT's favour). `--like MODEL --finalists 1` shortens this for a second model.
 The rest is the same for all: virtual tokens, examples and their order, batch size, number of steps, linear warm-up and
@@ -67,7 +67,7 @@ class Setting:
         return ", ".join([*parts, *(["from text"] if self.from_text else []), f"lr {self.rate:g}"])
 
 
-# PEFT's own default initialisation and widths, with the learning rates of its documentation: prompt tuning 3e-2 and
+# PEFT's own default initialisation and widths, with learning rates as in its guides (from memory): prompt tuning 3e-2 and
 # prefix tuning 1e-2 (prompt-based methods guide), P-tuning 1e-3 (its sequence classification guide).
 PEFT_DEFAULTS = {"prompt_tuning": Setting(3e-2), "p_tuning": Setting(1e-3), "prefix_tuning": Setting(1e-2)}
 
