@@ -67,8 +67,8 @@ class Setting:
         return ", ".join([*parts, *(["from text"] if self.from_text else []), f"lr {self.rate:g}"])
 
 
-# PEFT's own default initialisation and widths, with learning rates as in its guides (from memory): prompt tuning 3e-2 and
-# prefix tuning 1e-2 (prompt-based methods guide), P-tuning 1e-3 (its sequence classification guide).
+# PEFT's own default initialisation and widths. It has no default learning rate; these are from memory of its guides:
+# prompt tuning 3e-2 and prefix tuning 1e-2 (prompt-based methods), P-tuning 1e-3 (sequence classification).
 PEFT_DEFAULTS = {"prompt_tuning": Setting(3e-2), "p_tuning": Setting(1e-3), "prefix_tuning": Setting(1e-2)}
 
 
