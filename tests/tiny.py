@@ -38,15 +38,15 @@ CONTEXT = 160
 PAD, BOS, EOS = 0, 1, 2
 LABELS = 3
 
-_TOKENS: dict[str, Any] = {
+TOKENS: dict[str, Any] = {
     "vocab_size": VOCAB,
     "initializer_range": 0.2,
     "pad_token_id": PAD,
     "bos_token_id": BOS,
     "eos_token_id": EOS,
 }
-_GQA: dict[str, Any] = {  # what Llama and its relatives share: two key/value heads for four query heads
-    **_TOKENS,
+GQA: dict[str, Any] = {  # what Llama and its relatives share: two key/value heads for four query heads
+    **TOKENS,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -55,8 +55,8 @@ _GQA: dict[str, Any] = {  # what Llama and its relatives share: two key/value he
     "head_dim": 8,
     "max_position_embeddings": CONTEXT,
 }
-_ENCODER: dict[str, Any] = {
-    **_TOKENS,
+ENCODER: dict[str, Any] = {
+    **TOKENS,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -70,33 +70,33 @@ _ENCODER: dict[str, Any] = {
 CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "gpt2": (
         GPT2Config,
-        {**_TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
+        {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
         | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     ),
-    "llama": (LlamaConfig, _GQA),
-    "mistral": (MistralConfig, {**_GQA, "sliding_window": 4 * CONTEXT}),
-    "qwen2": (Qwen2Config, {k: v for k, v in _GQA.items() if k != "head_dim"}),
-    "qwen3": (Qwen3Config, {**_GQA, "head_dim": 16}),  # heads wider than hidden_size / heads, as in the real ones
+    "llama": (LlamaConfig, GQA),
+    "mistral": (MistralConfig, {**GQA, "sliding_window": 4 * CONTEXT}),
+    "qwen2": (Qwen2Config, {k: v for k, v in GQA.items() if k != "head_dim"}),
+    "qwen3": (Qwen3Config, {**GQA, "head_dim": 16}),  # heads wider than hidden_size / heads, as in the real ones
     "gemma3": (
         Gemma3TextConfig,
-        {**_GQA, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4 * CONTEXT}
+        {**GQA, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4 * CONTEXT}
         | {"layer_types": ["sliding_attention", "full_attention"]},
     ),
     "opt": (
         OPTConfig,
-        {**_TOKENS, "init_std": 0.2, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.0}
+        {**TOKENS, "init_std": 0.2, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.0}
         | {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": CONTEXT},
     ),
     "gpt_neox": (
         GPTNeoXConfig,
-        {**_TOKENS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        {**TOKENS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         | {"max_position_embeddings": CONTEXT},
     ),
-    "bert": (BertConfig, _ENCODER),
-    "roberta": (RobertaConfig, {**_ENCODER, "max_position_embeddings": CONTEXT + 2}),
+    "bert": (BertConfig, ENCODER),
+    "roberta": (RobertaConfig, {**ENCODER, "max_position_embeddings": CONTEXT + 2}),
     "distilbert": (
         DistilBertConfig,
-        {**_TOKENS, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": CONTEXT}
+        {**TOKENS, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": CONTEXT}
         | {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0, "num_labels": LABELS},
     ),
 }
@@ -126,12 +126,12 @@ def _make(family: str, seed: int, overrides: dict[str, Any]) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = auto.from_config(config)
-        _perturb_vectors(model)
+        perturb(model)
     return model.eval()
 
 
 @torch.no_grad()
-def _perturb_vectors(model: PreTrainedModel) -> None:
+def perturb(model: PreTrainedModel) -> None:
     """Move biases off 0 and norms off 1, their values straight after construction."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
