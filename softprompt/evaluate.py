@@ -104,11 +104,12 @@ def generate_texts(
     texts = [""] * len(starts)
     with _evaluating(model) as device:
         for places in _batches_by_length([len(ids) for ids in starts], batch_size):
-            ids, mask = _left_padded([starts[place] for place in places], pad_id(tokenizer))
-            output = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, **options
-            )
-            answers = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            rows = [Encoded(starts[place], starts[place], examples[place].task) for place in places]
+            batch = collate(rows, pad_id(tokenizer), padding_side="left")
+            width = batch.pop("labels").shape[1]
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+            answers = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             for place, answer in zip(places, answers, strict=True):
                 texts[place] = answer.strip()
     return texts
@@ -120,12 +121,6 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if isinstance(candidate, int):
             return candidate
     return 0
-
-
-def _left_padded(rows: Sequence[list[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both [B, T]."""
-    batch = collate([Encoded(row, row) for row in rows], fill, padding_side="left")
-    return batch["input_ids"], batch["attention_mask"]
 
 
 def score_texts(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -40,10 +40,14 @@ IGNORED = -100  # the label that transformers' losses skip
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids and, of the same length, labels: −100 on the input, the target's ids and the end token after it."""
+    """Token ids and, of the same length, labels: −100 on the input, the target's ids and the end token after it.
+
+    `task` is the number of the row's task where one prompt serves several.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    task: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def encode_all(
                 f"there is room for {max(room, 0)}{beside}; shorten or drop the row, or allow a greater length if the "
                 "model has it"
             )
-        encoded.append(Encoded(start + target, [IGNORED] * len(start) + target))
+        encoded.append(Encoded(start + target, [IGNORED] * len(start) + target, example.task))
     return encoded
 
 
@@ -182,7 +186,7 @@ def _chat_texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[s
 def collate(
     batch: Sequence[Encoded] | Sequence[EncodedLabel], pad_id: int, padding_side: str = "right"
 ) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [B, T], and `labels` [B, T] (of texts to classify [B])."""
+    """`input_ids` and `attention_mask` [B, T], `labels` [B, T] (of texts to classify [B]); `task_ids` [B] if any."""
     width = max(len(row.input_ids) for row in batch)
 
     def padded(values: list[int], fill: int) -> list[int]:
@@ -190,8 +194,10 @@ def collate(
         return rest + values if padding_side == "left" else values + rest
 
     labels = [row.label if isinstance(row, EncodedLabel) else padded(row.labels, IGNORED) for row in batch]
-    return {
+    result = {
         "input_ids": torch.tensor([padded(row.input_ids, pad_id) for row in batch]),
         "attention_mask": torch.tensor([padded([1] * len(row.input_ids), 0) for row in batch]),
         "labels": torch.tensor(labels),
     }
+    tasks = [row.task for row in batch if isinstance(row, Encoded) and row.task is not None]
+    return {**result, "task_ids": torch.tensor(tasks)} if tasks else result

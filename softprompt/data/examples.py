@@ -20,7 +20,8 @@ from softprompt.errors import ConfigError, DataError
 class Example:
     """One input with its references; `targets[0]` is the one that loss is measured on.
 
-    `border` holds the spaces that stand between input and target; `where` says which row this was.
+    `border` holds the spaces that stand between input and target; `where` says which row this was; `task` is the number
+    of its task where one prompt serves several.
     """
 
     input: str
@@ -28,6 +29,7 @@ class Example:
     messages: list[dict[str, str]] | None = None
     border: str = ""
     where: str = "example"
+    task: int | None = None
 
 
 @dataclass(frozen=True)
