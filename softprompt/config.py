@@ -100,8 +100,16 @@ class PromptConfig:
 
     @property
     def total_virtual_tokens(self) -> int:
-        """Rows of the prompt's table: p × `num_transformer_submodules`."""
+        """Rows of a saved prompt in input space, as PEFT counts them: p × `num_transformer_submodules`.
+
+        PEFT trains and uses the first p of them only; here there are no others, and they are written twice.
+        """
         return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
+
+    @property
+    def saved_copies(self) -> int:
+        """How many times the p rows of a prompt stand in its checkpoint."""
+        return 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; enums become their strings."""
@@ -136,3 +144,81 @@ class PromptConfig:
 
     def __str__(self) -> str:
         return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, default=str)}"
+
+
+class Placement(str, Enum):
+    """Where a prompt in input space stands: before the row (as in PEFT), behind its first token, or in a template."""
+
+    FRONT = "front"
+    AFTER_BOS = "after_bos"
+    TEMPLATE = "template"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig(PromptConfig):
+    """What is common to prompts in input space. PEFT knows `placement="front"` only.
+
+    `after_bos` keeps a row's first real token ([CLS], a start token) first; with `template` the virtual tokens stand
+    at the slots of every row, which come with the inputs.
+    """
+
+    placement: Placement | str = field(
+        default=Placement.FRONT, metadata={"help": "front, after_bos (keeps [CLS] first) or template"}
+    )
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        placement = parse_enum(Placement, self.placement, "placement")
+        if self.template is not None and placement is not Placement.TEMPLATE:
+            placement = Placement.TEMPLATE if placement is Placement.FRONT else placement
+            if placement is not Placement.TEMPLATE:
+                raise ConfigError(f"placement={placement.value!r} does not go with a template; leave it unset.")
+        self._set("placement", placement)
+
+    @property
+    def saved_copies(self) -> int:
+        return self.num_transformer_submodules or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVConfig(PromptConfig):
+    """What is common to prompts made of keys and values.
+
+    The three prefixes of an encoder-decoder (Li and Liang 2021, section 4.1 and their code) can each be on or off; PEFT
+    knows the decoder's self-attention only. `layer_shapes` (`[heads, key size, value size]` per layer, filled in by the
+    model) is there only where layers are not all alike.
+    """
+
+    decoder_prefix: bool = field(default=True, metadata={"help": "prefix in the decoder's self-attention"})
+    cross_prefix: bool = field(default=False, metadata={"help": "prefix in the cross-attention"})
+    encoder_prefix: bool = field(default=False, metadata={"help": "prefix in the encoder's self-attention"})
+    prefix_always_visible: bool = field(
+        default=False, metadata={"help": "let queries see the prefix from beyond a sliding window"}
+    )
+    layer_shapes: list[list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.decoder_prefix or self.cross_prefix or self.encoder_prefix):
+            raise ConfigError("decoder_prefix, cross_prefix and encoder_prefix are all off; leave one of them on.")
+        for shape in self.layer_shapes or []:
+            if len(shape) != 3 or not all(type(size) is int and 0 < size <= 1_000_000 for size in shape):
+                raise ConfigError(f"layer_shapes holds {shape}; each entry is [heads, key size, value size].")
+
+    @property
+    def prefix_shapes(self) -> list[list[int]]:
+        """`[heads, key size, value size]` of every layer that a prefix reaches."""
+        if self.layer_shapes is not None:
+            return self.layer_shapes
+        assert self.token_dim is not None and self.num_layers is not None and self.num_attention_heads is not None
+        size = self.token_dim // self.num_attention_heads
+        return [[self.num_attention_heads, size, size]] * self.num_layers
+
+    @property
+    def prefix_width(self) -> int:
+        """Numbers per virtual token, Σ h·(k+v)."""
+        return sum(heads * (key + value) for heads, key, value in self.prefix_shapes)

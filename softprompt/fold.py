@@ -11,10 +11,10 @@ from softprompt.prompt import KV, Embeddings
 
 
 def fold(door: AttentionDoor, prompt: Embeddings) -> KV:
-    """Run the virtual tokens `[1, p, d]` through the model's body once, with gradient, and keep what they leave."""
+    """Run the virtual tokens `[N, p, d]` through the model's body once, with gradient, and keep what they leave."""
     vectors = prompt.vectors.to(word_table(door.base))
     inputs: dict[str, torch.Tensor] = {"inputs_embeds": vectors}
     if door.takes_positions:
         inputs["position_ids"] = torch.arange(prompt.length, device=vectors.device)[None] + door.position_offset
     recording, _ = record(door, inputs)
-    return KV(tuple(recording.layers))
+    return KV(tuple(recording.layers), rows=prompt.rows)

@@ -1,5 +1,8 @@
 """One probe of a base model: which attention layers it has, what their keys look like, and whether it is causal."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,56 +33,90 @@ def probe(door: AttentionDoor) -> Geometry:
 
     Raises UnsupportedError for a model this version has no door for, naming what does work.
     """
+    if door.encoder_decoder:
+        return _probe_encoder_decoder(door)
     base = door.base
-    if base.config.is_encoder_decoder:
-        raise UnsupportedError(
-            f"{type(base).__name__} is an encoder-decoder, which is not supported yet; decoders and encoders are."
-        )
     ids = _two_plain_ids(base)
     with evaluating(base):
         first, hidden = record(door, {"input_ids": ids})
         _, other = record(door, {"input_ids": ids[:, [0, 0]]})
-    if not first.modules:
+    causal = _same(hidden[0, 0], other[0, 0])
+    door.bind(first.modules, [], [])
+    foldable = causal and not base._is_stateful and len(first.modules) >= _number_of_layers(base)
+    geometry = _geometry(door, first, causal=causal, foldable=foldable, no_prefix=_no_prefix(base, first, causal))
+    _check_positions(door, geometry)
+    return geometry
+
+
+def _probe_encoder_decoder(door: AttentionDoor) -> Geometry:
+    """Two source tokens and three target tokens tell the three kinds of attention apart."""
+    base = door.base
+    ids = _two_plain_ids(base)
+    with evaluating(base):
+        found, _ = record(door, {"input_ids": ids, "decoder_input_ids": ids[:, [0, 1, 0]]})
+    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for number, (queries, (key, _)) in enumerate(zip(found.queries, found.layers, strict=True)):
+        parts[2 if queries == 2 else 1 if key.shape[2] == 2 else 0].append(number)
+    own, cross, encoder = parts
+    if not own or not encoder:
         raise UnsupportedError(
             f"{type(base).__name__} does not attend through transformers' AttentionInterface, so there is no door into "
-            "it yet; families such as gpt2, llama, mistral, qwen, gemma, opt, gpt_neox, bert and roberta do."
+            "it; encoder-decoders such as t5, bart, mbart, pegasus and blenderbot do."
         )
-    causal = _same(hidden[0, 0], other[0, 0])
-    _check_door_tells_all(door, first, causal)
-    door.index = {module: number for number, module in enumerate(first.modules)}
-    door.position_offset = _position_offset(base)
+    door.bind(*([found.modules[number] for number in part] for part in parts))
+    geometry = _geometry(door, found, causal=False, foldable=False, encoder_decoder=True)
+    shapes = geometry.layers
+    return replace(
+        geometry,
+        layers=tuple(shapes[n] for n in own),
+        cross_layers=tuple(shapes[n] for n in cross),
+        encoder_layers=tuple(shapes[n] for n in encoder),
+    )
+
+
+def _geometry(door: AttentionDoor, found: Recording, **facts: Any) -> Geometry:
+    """What every kind of model has; also tells the door where positions end."""
+    base = door.base
     config = base.config.get_text_config()
+    door.position_offset = _position_offset(base)
     context = getattr(config, "max_position_embeddings", None)
     context = None if context is None else context - door.position_offset
     learned = _position_table(base) is not None
     door.learned_positions = context if learned else None
     return Geometry(
-        layers=tuple(_shape(pair, window) for pair, window in zip(first.layers, first.windows, strict=True)),
+        layers=tuple(_shape(pair, window) for pair, window in zip(found.layers, found.windows, strict=True)),
         hidden_size=word_table(base).shape[1],  # ELECTRA's embeddings, say, are narrower than its layers
-        query_heads=config.num_attention_heads,
-        causal=causal,
+        query_heads=getattr(config, "num_attention_heads", 0) or 0,
         context=context,
         learned_positions=learned,
         position_offset=door.position_offset,
-        shared_layers=_repeats(first),
+        shared_layers=_repeats(found),
+        **facts,
     )
 
 
-def _check_door_tells_all(door: AttentionDoor, recording: Recording, causal: bool) -> None:
-    """UnsupportedError where keys and values at shifted positions are not all that a prompt changes in a model."""
-    base, kind = door.base, type(door.base).__name__
-    layers = base.config.get_text_config().num_hidden_layers
-    if base._is_stateful or (causal and len(recording.modules) < layers):
-        raise UnsupportedError(
-            f"{kind} attends through transformers' AttentionInterface in {len(recording.modules)} of {layers} layers "
-            "and keeps a state of another kind, which a prompt does not reach; use a model of attention layers alone."
-        )
-    if causal and _repeats(recording):
+def _number_of_layers(base: PreTrainedModel) -> int:
+    return base.config.get_text_config().num_hidden_layers
+
+
+def _no_prefix(base: PreTrainedModel, found: Recording, causal: bool) -> str:
+    """Why no keys and values can be put before this model's own."""
+    if found.modules:
+        return ""
+    if causal and base._is_stateful:
+        return f"{type(base).__name__} has a state instead of attention, so keys and values cannot reach it"
+    return f"{type(base).__name__} does not attend through transformers' AttentionInterface"
+
+
+def _check_positions(door: AttentionDoor, geometry: Geometry) -> None:
+    """UnsupportedError where positions that follow the prompt are not all that it changes in a decoder."""
+    kind = type(door.base).__name__
+    if geometry.causal and geometry.shared_layers:
         raise UnsupportedError(
             f"{kind} runs one attention layer several times, which keys and values cannot tell apart yet; use a model "
             "whose layers are all different."
         )
-    if causal and not door.takes_positions:
+    if geometry.causal and geometry.layers and not door.takes_positions:
         raise UnsupportedError(
             f"{kind}.forward takes no position_ids, so real tokens cannot be moved behind a prompt; use a model that "
             "takes them, such as gpt2, llama, mistral, qwen, gemma, opt or gpt_neox."

@@ -15,14 +15,25 @@ def packed(inputs: dict[str, Any]) -> bool:
     return bool((positions[..., 1:] <= positions[..., :-1]).any())
 
 
-def with_mask(inputs: dict[str, Any]) -> dict[str, Any]:
+def with_mask(inputs: dict[str, Any], always: bool = False) -> dict[str, Any]:
     """The inputs with a mask of ones, if none is given: without one, transformers takes any gap in the positions for
     the start of another sequence, which then would not see the virtual token in its row."""
-    if inputs.get("position_ids") is None or inputs.get("attention_mask") is not None:
+    if inputs.get("attention_mask") is not None or (inputs.get("position_ids") is None and not always):
         return inputs
     ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
     assert ids is not None
     return {**inputs, "attention_mask": torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)}
+
+
+def cached(inputs: dict[str, Any]) -> bool:
+    """Whether a cache (or a recurrent model's state) that has seen tokens comes with the inputs."""
+    cache = inputs.get("past_key_values") if inputs.get("past_key_values") is not None else inputs.get("cache_params")
+    if cache is None:
+        return False
+    try:
+        return cache.get_seq_length() > 0
+    except ValueError:  # no attention layer in it
+        return cache.has_previous_state()
 
 
 def labels_tokens(inputs: dict[str, Any]) -> bool:
@@ -34,8 +45,8 @@ def labels_tokens(inputs: dict[str, Any]) -> bool:
     return cache is None or cache.get_seq_length() == 0
 
 
-def without_cache(inputs: dict[str, Any]) -> None:
+def without_cache(inputs: dict[str, Any]) -> dict[str, Any]:
     """A cache would hold the row as it was rearranged, and its virtual token as if it were a real one."""
     if inputs.get("past_key_values") is not None:
         raise ConfigError("labels and past_key_values together: the loss needs the whole row, so pass no cache.")
-    inputs["use_cache"] = False
+    return {**inputs, "use_cache": False}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from softprompt.checkpoint import SavedAdapter
+from softprompt.config import KVConfig
 from softprompt.prompt import KV, METHODS, KVPrompt
 
 
@@ -53,8 +54,8 @@ def saved_kv(saved: SavedAdapter) -> KV | None:
     config = saved.config
     if not issubclass(METHODS[method_name(config.peft_type)], KVPrompt):
         return None
-    assert config.num_layers is not None and config.num_attention_heads is not None  # load_adapter has checked them
-    return KV.from_flat(saved.tensors["prompt_embeddings"].float(), config.num_layers, config.num_attention_heads)
+    assert isinstance(config, KVConfig)
+    return KV.from_flat(saved.tensors["prompt_embeddings"].float(), config)
 
 
 def describe(saved: SavedAdapter, folder: Path) -> PromptFacts:
@@ -77,21 +78,21 @@ def describe(saved: SavedAdapter, folder: Path) -> PromptFacts:
 
 def describe_kv(kv: KV, path: Path) -> PromptFacts:
     """Facts about a key-value file."""
-    key = kv.layers[0][0]
-    parameters = sum(part.numel() for pair in kv.layers for part in pair)
-    shape = (len(kv.layers), 2, *key.shape[1:])
+    key = kv.pairs[0][0]
+    parameters = sum(part.numel() for pair in kv.pairs for part in pair)
+    shape = (len(kv.pairs), 2, *key.shape[1:])
     return PromptFacts("key-value file", None, None, kv.length, shape, parameters, 0, path.stat().st_size,
                        token_norms(kv), layer_norms(kv))  # fmt: skip
 
 
 def token_norms(kv: KV) -> list[float]:
     """Mean norm of the heads' keys and values, per virtual token."""
-    parts = [part[0].float().norm(dim=-1).mean(0) for pair in kv.layers for part in pair]
+    parts = [part[0].float().norm(dim=-1).mean(0) for pair in kv.pairs for part in pair]
     return torch.stack(parts).mean(0).tolist()
 
 
 def layer_norms(kv: KV) -> list[LayerNorms]:
-    return [LayerNorms(*(float(part.float().norm(dim=-1).mean()) for part in pair)) for pair in kv.layers]
+    return [LayerNorms(*(float(part.float().norm(dim=-1).mean()) for part in pair)) for pair in kv.pairs]
 
 
 def summary(values: Sequence[float]) -> str:

@@ -12,16 +12,14 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softprompt import checkpoint
-from softprompt.config import PromptConfig
+from softprompt.config import EmbeddingConfig, Placement, PromptConfig
 from softprompt.doors.attention import AttentionDoor
-from softprompt.doors.embedding import arrange, put_in_front
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.fold import fold
 from softprompt.geometry import probe, word_table
 from softprompt.heads import Heads, with_default_heads
-from softprompt.inputs import labels_tokens, packed, with_mask, without_cache
 from softprompt.prompt import KV, METHODS, EmbeddingPrompt, Embeddings, SoftPrompt
 from softprompt.prompt import evaluating as _evaluating
+from softprompt.running import Run
 
 
 def get_peft_model(
@@ -79,8 +77,8 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
                 f"num_virtual_tokens={config.num_virtual_tokens} leaves no room in this model's context of {context} "
                 "tokens; use fewer virtual tokens."
             )
-        if config.num_transformer_submodules == 2:
-            raise UnsupportedError("num_transformer_submodules=2 is for encoder-decoders, which are not supported yet.")
+        if config.num_transformer_submodules == 2 and not self.geometry.encoder_decoder:
+            raise ConfigError("num_transformer_submodules=2 is for encoder-decoders, which this model is not; use 1.")
         name = config.base_model_name_or_path or self.base_model.name_or_path or None
         filled = method.fill(config, self.geometry)
         return replace(filled, base_model_name_or_path=name, modules_to_save=with_default_heads(config))
@@ -91,12 +89,15 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
 
     def _install(self, name: str, config: PromptConfig, encoder: SoftPrompt) -> None:
         for path in self.heads.paths(config):  # the steps that can fail come first
-            if any(module in self.door.index for module in self.base_model.get_submodule(path).modules()):
+            if any(module in self._attention() for module in self.base_model.get_submodule(path).modules()):
                 raise ConfigError(f"modules_to_save names {path!r}, which holds attention layers; name heads only.")
         self.heads.add(name, config)
         self.heads.requires_grad(name, False)
         self.prompt_encoder[name] = encoder.requires_grad_(False)
         self.peft_config[name] = config
+
+    def _attention(self) -> set[nn.Module]:
+        return {module for part in self.door.modules for module in part}
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Use this prompt from now on. Only its parameters train; with `inference_mode` none does."""
@@ -170,20 +171,14 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         Raises UnsupportedError on models that are not causal, where a prompt depends on the row behind it.
         """
         encoder = self.encoder(adapter_name)
-        with _evaluating(encoder), _evaluating(self.base_model):
-            kv = self._as_kv(encoder.prompt()).detach()
         own = word_table(self.base_model)
-        return KV(tuple((key.to(own), value.to(own)) for key, value in kv.layers))
+        with _evaluating(encoder), _evaluating(self.base_model):
+            return self._run(encoder, encoder.prompt(), slots=None, fold=True).as_kv().map(lambda part: part.to(own))
 
-    def _as_kv(self, prompt: Embeddings | KV) -> KV:
-        if isinstance(prompt, KV):
-            return prompt
-        if not self.geometry.causal:
-            raise UnsupportedError(
-                f"{type(self.base_model).__name__} is not causal, so an embedding prompt cannot be folded into keys "
-                "and values; train prefix_tuning instead."
-            )
-        return fold(self.door, prompt)
+    def _run(self, encoder: SoftPrompt, prompt: Embeddings | KV, slots: Tensor | None, fold: bool = False) -> Run:
+        if fold and isinstance(encoder.config, EmbeddingConfig):
+            return Run(self.door, self.geometry, prompt, Placement(encoder.config.placement))
+        return Run.of(self.door, self.geometry, encoder.config, prompt, slots)
 
     # ---- running -------------------------------------------------------------------------------------------------
 
@@ -197,10 +192,14 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         token_type_ids: Tensor | None = None,
         past_key_values: Any = None,
         return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        slots: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the base model's `forward`; `position_ids` and `past_key_values` count real tokens only.
 
+        `task_ids` `[B]` chooses each row's task of a multitask prompt. `slots` `[B, T]` says which virtual token (0…p−1)
+        stands in a column instead of its id, −1 for ordinary tokens, where the prompt's placement is a template.
         The loss of a language model also counts a row's first real token (predicted by the last virtual token of an
         embedding method) where its label is not −100. With a label for every token no cache is returned.
         """
@@ -209,59 +208,26 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
                  "past_key_values": past_key_values}  # fmt: skip
         inputs = {name: value for name, value in given.items() if value is not None} | kwargs
         as_tuple = not (self.base_model.config.return_dict if return_dict is None else return_dict)
-        output = self._forward({**inputs, "return_dict": True})
+        inputs["return_dict"] = True
+        if self._enabled:
+            encoder = self.encoder()
+            output = self._run(encoder, encoder.prompt(task_ids), slots).forward(inputs)
+        else:
+            output = self.base_model(**inputs)
         return output.to_tuple() if as_tuple else output
 
-    def _forward(self, inputs: dict[str, Any]) -> Any:
-        """`forward` on the inputs that were given, always with a `ModelOutput`."""
-        if not self._enabled:
-            return self.base_model(**inputs)
-        prompt = self.encoder().prompt()
-        if self.geometry.causal and not labels_tokens(inputs):
-            with self.door.open(self._as_kv(prompt)):
-                return self.base_model(**inputs)
-        return self._forward_rows(prompt, inputs)
-
-    def _forward_rows(self, prompt: Embeddings | KV, inputs: dict[str, Any]) -> Any:
-        """Where a row's own columns matter: on encoders (heads read column 0), and where every token has a label."""
-        if self.geometry.causal and not packed(inputs):
-            inputs = with_mask(inputs)
-        inputs, placement = arrange(inputs)
-        kv, vectors = self._divide(prompt, inputs)
-        if vectors is not None:
-            embedded = inputs.get("inputs_embeds")
-            if embedded is None:
-                embedded = self.base_model.get_input_embeddings()(inputs["input_ids"])
-            inputs, placement = put_in_front(inputs, placement, vectors, embedded, self.geometry)
-        if self.geometry.causal:
-            without_cache(inputs)
-        with self.door.open(kv):
-            return placement.restore(self.base_model(**inputs))
-
-    def _divide(self, prompt: Embeddings | KV, inputs: dict[str, Any]) -> tuple[KV | None, Tensor | None]:
-        """What of a prompt goes through the attention door, and what stands in the rows, `[1, n, d]`.
-
-        On a causal model all but the last virtual token are folded: they see no row. The last one stays with each
-        row, because its output there predicts the row's first token.
-        """
-        if isinstance(prompt, KV):
-            return prompt, None
-        if not self.geometry.causal:
-            return None, prompt.vectors
-        if packed(inputs):
-            return fold(self.door, prompt), None
-        before = Embeddings(prompt.vectors[:, :-1])
-        return fold(self.door, before) if before.length else None, prompt.vectors[:, -1:]
-
     @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's `generate`, with the active prompt in front; caches hold real tokens only."""
+    def generate(self, *args: Any, task_ids: Tensor | None = None, slots: Tensor | None = None, **kwargs: Any) -> Any:
+        """As the base model's `generate`, with the active prompt; `task_ids` and `slots` as in `forward`.
+
+        Caches hold real tokens only, unless the prompt stands inside the rows or the model keeps a state.
+        """
         if not self._enabled:
             return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
-        with _evaluating(self.encoder()):
-            kv = self._as_kv(self.encoder().prompt())
-        with self.door.open(kv):
-            return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        encoder = self.encoder()
+        with _evaluating(encoder):
+            prompt = encoder.prompt(task_ids)
+        return self._run(encoder, prompt, slots).generate(*args, **kwargs)
 
     # ---- saving and loading --------------------------------------------------------------------------------------
 
@@ -287,7 +253,8 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
             self._check_known(name)
             folder = Path(save_directory) / ("" if name == "default" else name)
             encoder = self.encoder(name)
-            tensors = {"prompt_embeddings": encoder.saved_vectors().cpu(), **self.heads.state(name)}
+            saved = {key: tensor.cpu() for key, tensor in encoder.saved_tensors().items()}
+            tensors = {**saved, **self.heads.state(name)}
             kept = {key: value.detach().cpu() for key, value in encoder.state_dict().items()} if keep_encoder else None
             if is_main_process:
                 config = replace(self.peft_config[name], inference_mode=True, auto_mapping=self._auto_mapping(name))
@@ -333,7 +300,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
             self.prompt_encoder[name] = self._build(config)
             self.prompt_encoder[name].load_state_dict(saved.encoder)
         else:
-            self.encoder(name).start_from(saved.tensors["prompt_embeddings"])
+            self.encoder(name).load_saved(saved.tensors)
         self.heads.load(name, saved.tensors)
         self.peft_config[name] = config
         self._set_trainable(self.active_adapter)
@@ -365,7 +332,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
 PeftModel = SoftPromptModel
 # PEFT has one class per head; here nothing depends on the head, so its names mean the one class.
 PeftModelForCausalLM = PeftModelForSequenceClassification = PeftModelForTokenClassification = SoftPromptModel
-PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = SoftPromptModel
+PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModelForSeq2SeqLM = SoftPromptModel
 
 
 def _method_of(config: PromptConfig) -> type[SoftPrompt]:

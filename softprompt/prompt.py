@@ -4,7 +4,7 @@ Shapes: p virtual tokens, d model width, L attention layers, h key-value heads, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from softprompt.config import PromptConfig
+from softprompt.config import EmbeddingConfig, KVConfig, PromptConfig, TaskType
 from softprompt.errors import ConfigError, UnsupportedError
 
 METHODS: "dict[str, type[SoftPrompt]]" = {}
@@ -34,7 +34,9 @@ class LayerShape:
 class Geometry:
     """What a probe forward pass found out about a base model (never read from a list of config key names).
 
-    `hidden_size` is the width of the input embeddings, `context` the number of tokens that have a position.
+    `layers` are the self-attention layers (on encoder-decoders the decoder's; `cross_layers` and `encoder_layers` are
+    the others), `hidden_size` the width of the input embeddings, `context` the number of tokens that have a position.
+    `foldable`: a prompt in front leaves nothing but keys and values, so it can be computed once for all rows.
     """
 
     layers: tuple[LayerShape, ...]
@@ -45,65 +47,119 @@ class Geometry:
     learned_positions: bool
     position_offset: int
     shared_layers: bool = False
+    foldable: bool = True
+    encoder_decoder: bool = False
+    cross_layers: tuple[LayerShape, ...] = ()
+    encoder_layers: tuple[LayerShape, ...] = ()
+    no_prefix: str = ""
+    """Why keys and values cannot reach this model, if they cannot."""
 
-    def uniform_layer(self) -> LayerShape:
-        """The one shape all layers share. Raises UnsupportedError where layers differ, or are one layer run again."""
+    def prefix_layers(self, config: KVConfig) -> tuple[LayerShape, ...]:
+        """The attention layers a prefix reaches: decoder (or only) self-attention, cross-attention, encoder.
+
+        Raises UnsupportedError where layers cannot have a prefix each, ConfigError for parts the model does not have.
+        """
+        if self.no_prefix:
+            raise UnsupportedError(f"{self.no_prefix}; use prompt_tuning or p_tuning.")
         if self.shared_layers:
             raise UnsupportedError(
                 "this model runs one attention layer several times, so its layers cannot have a prefix each; use "
                 "prompt_tuning or p_tuning."
             )
-        shapes = {(layer.heads, layer.key_size, layer.value_size) for layer in self.layers}
-        if len(shapes) > 1 or self.layers[0].key_size != self.layers[0].value_size:
-            found = ", ".join(f"{h} heads of {k}/{v}" for h, k, v in sorted(shapes))
-            raise UnsupportedError(
-                f"this model's layers have different key-value shapes ({found}), which a prefix cannot have yet; "
-                "use prompt_tuning or p_tuning."
+        if not self.encoder_decoder and (config.cross_prefix or config.encoder_prefix or not config.decoder_prefix):
+            raise ConfigError(
+                "decoder_prefix, cross_prefix and encoder_prefix choose between the attentions of an encoder-decoder, "
+                "which this model is not; leave them unset."
             )
-        return self.layers[0]
+        return (
+            (self.layers if config.decoder_prefix else ())
+            + (self.cross_layers if config.cross_prefix else ())
+            + (self.encoder_layers if config.encoder_prefix else ())
+        )
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """A prompt in input space: `vectors` `[1, p, d]`."""
+    """A prompt in input space: `vectors` `[N, p, d]`.
+
+    `rows` `[B]` says which of the N prompts each row has; without it there is one for all.
+    """
 
     vectors: Tensor
+    rows: Tensor | None = None
 
     @property
     def length(self) -> int:
         return self.vectors.shape[1]
 
+    def per_row(self, batch: int) -> Tensor:
+        """The prompt of every row, `[B, p, d]`; a batch that generation has widened repeats each row's."""
+        return spread(self.vectors, self.rows, batch)
+
+
+Pairs = tuple[tuple[Tensor, Tensor], ...]
+
 
 @dataclass(frozen=True)
 class KV:
-    """A prompt as keys and values: one `(key, value)` pair per attention layer, each `[1, h, p, k]`.
+    """A prompt as keys and values: one `(key, value)` pair per attention layer, each `[N, h, p, k]`.
 
-    Keys are as the cache holds them, that is after rotary position embedding at positions 0…p−1.
+    `layers` are for self-attention (an encoder-decoder's decoder), `cross` and `encoder` for an encoder-decoder's
+    other attentions. Keys are as the cache holds them, that is after rotary position embedding at positions 0…p−1.
+    `rows` as in `Embeddings`. `always_visible`: also to queries further away than a sliding window.
     """
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: Pairs
+    cross: Pairs = ()
+    encoder: Pairs = ()
+    rows: Tensor | None = None
+    always_visible: bool = False
+
+    @property
+    def pairs(self) -> Pairs:
+        return (*self.layers, *self.cross, *self.encoder)
 
     @property
     def length(self) -> int:
-        return self.layers[0][0].shape[2]
+        return self.pairs[0][0].shape[2]
 
     @staticmethod
-    def from_flat(flat: Tensor, layers: int, heads: int) -> "KV":
-        """Unpack `[p, L·2·h·k]`, ordered K0, V0, K1, V1, … (PEFT's layout of `prompt_embeddings`)."""
-        parts = flat.view(flat.shape[0], 2 * layers, heads, -1).permute(1, 2, 0, 3).unsqueeze(1)
-        return KV(tuple((parts[2 * i], parts[2 * i + 1]) for i in range(layers)))
+    def from_flat(flat: Tensor, config: KVConfig) -> "KV":
+        """Unpack `[p, Σ h·(k+v)]`, ordered K0, V0, K1, V1, … (PEFT's layout of `prompt_embeddings`).
+
+        The decoder's layers come first, then cross-attention's, then the encoder's, as far as the config has them.
+        """
+        shapes = config.prefix_shapes
+        widths = [heads * size for heads, *sizes in shapes for size in sizes]
+        heads = [each[0] for each in shapes for _ in range(2)]
+        parts = [
+            part.unflatten(1, (count, -1)).transpose(0, 1)[None]
+            for part, count in zip(flat.split(widths, dim=1), heads, strict=True)
+        ]
+        pairs = tuple(zip(parts[::2], parts[1::2], strict=True))
+        assert config.num_layers is not None
+        own = config.num_layers if config.decoder_prefix else 0
+        cross = own + (config.num_layers if config.cross_prefix else 0)
+        visible = config.prefix_always_visible
+        return KV(pairs[:own], pairs[own:cross], pairs[cross:], always_visible=visible)
 
     def flat(self) -> Tensor:
-        """The same prompt as `[p, L·2·h·k]`, the inverse of `from_flat`."""
-        rows = [part[0].transpose(0, 1).flatten(1) for pair in self.layers for part in pair]
+        """The same prompt as `[p, Σ h·(k+v)]`, the inverse of `from_flat`."""
+        rows = [part[0].transpose(0, 1).flatten(1) for pair in self.pairs for part in pair]
         return torch.cat(rows, dim=1)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "KV":
+        """The same prompt with every key and value tensor changed."""
+        parts = ((tuple((change(k), change(v)) for k, v in part)) for part in (self.layers, self.cross, self.encoder))
+        layers, cross, encoder = parts
+        return replace(self, layers=layers, cross=cross, encoder=encoder)
 
     def truncate(self, length: int) -> "KV":
         """The first `length` virtual tokens."""
-        return KV(tuple((key[:, :, :length], value[:, :, :length]) for key, value in self.layers))
+        return self.map(lambda part: part[:, :, :length])
 
     def detach(self) -> "KV":
-        return KV(tuple((key.detach(), value.detach()) for key, value in self.layers))
+        return self.map(Tensor.detach)
 
     def to_cache(self, batch_size: int = 1) -> Any:
         """A `DynamicCache` that holds this prefix for `batch_size` rows, for use without this library."""
@@ -131,6 +187,15 @@ class KV:
         return KV(tuple((key[None], value[None]) for key, value in read_kv_file(Path(path))))
 
 
+def spread(values: Tensor, rows: Tensor | None, batch: int) -> Tensor:
+    """`[N, …]` as `[B, …]`: each row's own, repeated where a batch is a multiple of the rows (beams)."""
+    if rows is None:
+        return values.expand(batch, *values.shape[1:])
+    if batch % len(rows):
+        raise ConfigError(f"{len(rows)} rows have a prompt, but the model is called with {batch}; give one per row.")
+    return values[rows.repeat_interleave(batch // len(rows))]
+
+
 class SoftPrompt(nn.Module, ABC):
     """A method: turns its parameters into a prompt. It never sees the batch, the task head or `generate`.
 
@@ -142,6 +207,9 @@ class SoftPrompt(nn.Module, ABC):
     name: ClassVar[str]
     config_class: ClassVar[type[PromptConfig]]
     peft_type: ClassVar[str]
+    saved_names: ClassVar[Mapping[str, str]] = {"prompt_embeddings": "embedding.weight"}
+    """The tensors of a checkpoint by their names there, and what they are in the state of `inference_mode`."""
+
     config: PromptConfig
     embedding: nn.Embedding
 
@@ -163,8 +231,11 @@ class SoftPrompt(nn.Module, ABC):
         """Indices of virtual tokens `[B, n]` → vectors `[B, n, width]`."""
 
     @abstractmethod
-    def prompt(self) -> Embeddings | KV:
-        """The prompt as it is now, with gradient, computed once whatever the batch."""
+    def prompt(self, task_ids: Tensor | None = None) -> Embeddings | KV:
+        """The prompt as it is now, with gradient, computed once whatever the batch.
+
+        `task_ids` `[B]` chooses among several tasks' prompts; ConfigError where the method has no tasks.
+        """
 
     @abstractmethod
     def output_layer(self) -> nn.Linear | None:
@@ -180,6 +251,21 @@ class SoftPrompt(nn.Module, ABC):
         """What a checkpoint holds: `[n, width]`, without dropout and without gradient."""
         with evaluating(self):
             return self.all_vectors().detach().clone()
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, by the names it has there, detached."""
+        state = self.state_dict()
+        saved = {name: state[own].clone() for name, own in self.saved_names.items() if name != "prompt_embeddings"}
+        return {"prompt_embeddings": self.saved_vectors().repeat(self.config.saved_copies, 1), **saved}
+
+    @torch.no_grad()
+    def load_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `saved_tensors` gave."""
+        self.start_from(tensors["prompt_embeddings"][: self.embedding.num_embeddings])
+        state = self.state_dict()
+        for name, own in self.saved_names.items():
+            if name != "prompt_embeddings":
+                state[own].copy_(tensors[name])
 
     @torch.no_grad()
     def start_from(self, target: Tensor) -> None:
@@ -208,42 +294,63 @@ class SoftPrompt(nn.Module, ABC):
 class EmbeddingPrompt(SoftPrompt):
     """Base of the methods whose prompt lives in input space."""
 
+    config: EmbeddingConfig
+
     @classmethod
     def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
-        return _filled(config, token_dim=geometry.hidden_size, num_layers=len(geometry.layers),
-                       num_attention_heads=geometry.query_heads)  # fmt: skip
+        return _filled(config, token_dim=geometry.hidden_size, num_layers=len(geometry.layers) or None,
+                       num_attention_heads=geometry.query_heads or None)  # fmt: skip
 
-    def prompt(self) -> Embeddings:
-        return Embeddings(self.all_vectors()[: self.config.num_virtual_tokens][None])
+    def prompt(self, task_ids: Tensor | None = None) -> Embeddings:
+        refuse_tasks(self, task_ids)
+        return Embeddings(self.all_vectors()[None])
 
 
 class KVPrompt(SoftPrompt):
-    """Base of the methods whose prompt is keys and values; `width` is L·2·h·k."""
+    """Base of the methods whose prompt is keys and values; `width` is Σ h·(k+v) over the layers."""
+
+    config: KVConfig
 
     @classmethod
     def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
-        layer = geometry.uniform_layer()
+        assert isinstance(config, KVConfig)
+        layers = geometry.prefix_layers(config)
+        shapes = [[layer.heads, layer.key_size, layer.value_size] for layer in layers]
+        heads, key_size, value_size = shapes[0]
+        plain = all(shape == shapes[0] for shape in shapes) and key_size == value_size
+        if plain and layers is geometry.layers:
+            shapes = None  # PEFT's form
+        if config.layer_shapes not in (None, shapes):
+            raise ConfigError(f"layer_shapes={config.layer_shapes} in the config, but this model needs {shapes}.")
         # As in PEFT, the model's width and query heads may be given where keys and values are fewer (grouped queries).
         if config.token_dim == geometry.hidden_size:
             config = replace(config, token_dim=None)
         if config.num_attention_heads == geometry.query_heads:
             config = replace(config, num_attention_heads=None)
-        return _filled(config, token_dim=layer.heads * layer.key_size, num_layers=len(geometry.layers),
-                       num_attention_heads=layer.heads)  # fmt: skip
+        return _filled(replace(config, layer_shapes=shapes), token_dim=heads * key_size,
+                       num_layers=len(geometry.layers), num_attention_heads=heads)  # fmt: skip
 
-    def prompt(self) -> KV:
-        layers, heads = self.config.num_layers, self.config.num_attention_heads
-        assert layers is not None and heads is not None
-        return KV.from_flat(self.all_vectors(), layers, heads)
+    def prompt(self, task_ids: Tensor | None = None) -> KV:
+        refuse_tasks(self, task_ids)
+        return KV.from_flat(self.all_vectors(), self.config)
 
 
-def _filled(config: PromptConfig, **found: int) -> PromptConfig:
+def refuse_tasks(encoder: SoftPrompt, task_ids: Tensor | None) -> None:
+    """ConfigError if a method without tasks is given some."""
+    if task_ids is not None:
+        raise ConfigError(
+            f"task_ids were given, but a {encoder.name} prompt has no tasks; leave them out, or train "
+            "multitask_prompt_tuning."
+        )
+
+
+def _filled(config: PromptConfig, **found: int | None) -> PromptConfig:
     for name, value in found.items():
         given = getattr(config, name)
         if given is not None and given != value:
             raise ConfigError(f"{name}={given} in the config, but this model needs {value}; leave it unset.")
-    submodules = config.num_transformer_submodules or 1
-    return replace(config, num_transformer_submodules=submodules, **found)
+    submodules = 2 if config.task_type is TaskType.SEQ_2_SEQ_LM else 1  # as PEFT counts them
+    return replace(config, num_transformer_submodules=config.num_transformer_submodules or submodules, **found)
 
 
 @torch.no_grad()

@@ -25,9 +25,9 @@ from softprompt.checkpoint.guard import (
     read_metadata,
     read_tensors,
 )
-from softprompt.config import PromptConfig
+from softprompt.config import KVConfig, PromptConfig
 from softprompt.errors import CheckpointError, SoftPromptError
-from softprompt.prompt import Geometry, KVPrompt
+from softprompt.prompt import Geometry
 
 __all__ = [
     "CONFIG_NAME",
@@ -133,19 +133,23 @@ def write_config(folder: Path, config: PromptConfig) -> None:
 def check_fits(saved: SavedAdapter, geometry: Geometry) -> None:
     """Raise CheckpointError if the adapter was made for a base model of other sizes, naming each and both numbers."""
     config = saved.config
-    sizes = [("layers", config.num_layers, len(geometry.layers))]
-    if issubclass(method_of(config.peft_type, Path(saved.source)), KVPrompt):
-        layer, heads = geometry.uniform_layer(), config.num_attention_heads or 1
-        sizes += [
-            ("key-value heads", heads, layer.heads),
-            ("head size", (config.token_dim or 0) // heads, layer.key_size),
-        ]
+    sizes: list[tuple[str, Any, Any]] = [("layers", config.num_layers, len(geometry.layers) or None)]
+    if isinstance(config, KVConfig):
+        layers = geometry.prefix_layers(config)
+        shapes = [[layer.heads, layer.key_size, layer.value_size] for layer in layers]
+        there = config.prefix_shapes
+        if len(there) == len(shapes) and (config.layer_shapes is not None or any(s != shapes[0] for s in shapes)):
+            sizes.append(("key-value shapes", there, shapes))
+        elif len(there) == len(shapes):
+            sizes += [("key-value heads", there[0][0], shapes[0][0]), ("head size", there[0][1], shapes[0][1])]
+        elif config.num_layers == len(geometry.layers):
+            sizes.append(("attention layers with a prefix", len(there), len(shapes)))
     else:
         sizes += [
             ("width", config.token_dim, geometry.hidden_size),
-            ("attention heads", config.num_attention_heads, geometry.query_heads),
+            ("attention heads", config.num_attention_heads, geometry.query_heads or None),
         ]
-    wrong = [f"{name} {there} in the adapter, {here} here" for name, there, here in sizes if there not in (None, here)]
+    wrong = [f"{name} {there} in the adapter, {here} here" for name, there, here in sizes if there not in (None, here) and here is not None]
     if wrong:
         name = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
         raise CheckpointError(
@@ -198,7 +202,11 @@ def _pack(tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None)
 
 def _prompt_shapes(config: PromptConfig, path: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of the prompt's own tensors, from the trained-down module on the meta device."""
-    return {"prompt_embeddings": _state_shapes(replace(config, inference_mode=True), path)["embedding.weight"]}
+    config = replace(config, inference_mode=True)
+    state, names = _state_shapes(config, path), method_of(config.peft_type, path).saved_names
+    rows, width = state[names["prompt_embeddings"]]
+    shapes = {name: state[own] for name, own in names.items()}
+    return shapes | {"prompt_embeddings": (rows * config.saved_copies, width)}
 
 
 def _encoder_shapes(config: PromptConfig, path: Path) -> dict[str, tuple[int, ...]]:

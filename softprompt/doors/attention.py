@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.positions import true_positions
-from softprompt.prompt import KV
+from softprompt.prompt import KV, spread
 
 BACKENDS = ("sdpa", "eager")
 _PREFIX = "softprompt_"
@@ -36,16 +36,29 @@ class Recording:
     modules: list[nn.Module] = field(default_factory=list)
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     windows: list[int | None] = field(default_factory=list)
+    queries: list[int] = field(default_factory=list)
+
+    def add(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> None:
+        self.modules.append(module)
+        self.layers.append((key, value))
+        self.windows.append(window)
+        self.queries.append(query.shape[2])
 
 
 @dataclass
 class Opening:
-    """One use of the door. `positions` are the true positions of the current queries, `[B|1, T]`."""
+    """One use of the door.
+
+    `pairs` has a prefix for each attention layer that gets one. `positions` are the true positions of the current
+    queries, `[B|1, T]`; `seen` is how many tokens an encoder-decoder's cache holds.
+    """
 
     prefix: KV | None
-    index: dict[nn.Module, int]
+    pairs: dict[nn.Module, tuple[Tensor, Tensor]]
+    tables: dict[nn.Module, Any]
     recording: Recording | None = None
     positions: Tensor | None = None
+    seen: Any = 0
 
 
 _OPENING: ContextVar[Opening | None] = ContextVar("softprompt_opening", default=None)
@@ -55,28 +68,85 @@ _ROUTED: "WeakKeyDictionary[PreTrainedModel, list[Any]]" = WeakKeyDictionary()
 
 
 class AttentionDoor:
-    """The door of one base model. `layers` are its attention modules, in order, once `Geometry` has been probed."""
+    """The door of one base model.
+
+    `modules` are its attention modules, in order, once `Geometry` has been probed: self-attention (an
+    encoder-decoder's decoder), cross-attention, encoder.
+    """
 
     def __init__(self, base: PreTrainedModel) -> None:
         self.base = base
-        self.index: dict[nn.Module, int] = {}
+        self.modules: tuple[list[nn.Module], list[nn.Module], list[nn.Module]] = ([], [], [])
+        self.tables: dict[nn.Module, Any] = {}
+        self.encoder_decoder = is_encoder_decoder(base)
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self.position_offset = 0
         self.learned_positions: int | None = None
         self._configs = _configs(base)
 
+    def bind(self, own: list[nn.Module], cross: list[nn.Module], encoder: list[nn.Module]) -> None:
+        """Take in which modules attend, and where T5-like ones find their position table (one for a whole stack)."""
+        self.modules = (own, cross, encoder)
+        for stack in (own, encoder):
+            table = None
+            for module in stack:
+                table = module if getattr(module, "has_relative_attention_bias", False) else table
+                if table is not None:
+                    self.tables[module] = table
+
     @contextmanager
     def open(self, prefix: KV | None, recording: Recording | None = None) -> Iterator[None]:
         """Inside the block every call of the base model sees `prefix` (`[1, h, p, k]` per layer)."""
-        opening = Opening(prefix, self.index, recording)
+        opening = Opening(prefix, self._pairs(prefix), self.tables, recording)
         with ExitStack() as stack:
             stack.enter_context(self._active(opening))
             stack.callback(self._checkpointing(opening, direct=recording is not None))
-            shift = prefix.length if prefix is not None else 0
-            if self.takes_positions and recording is None:
-                hook = self.base.register_forward_pre_hook(self._shift_positions(opening, shift), with_kwargs=True)
-                stack.callback(hook.remove)
+            shift = prefix.length if prefix is not None and prefix.layers else 0
+            if recording is None:
+                for module, hook in self._position_hooks(opening, shift):
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
+
+    def _pairs(self, prefix: KV | None) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """Which layer gets which keys and values."""
+        if prefix is None:
+            return {}
+        parts = (prefix.layers, prefix.cross, prefix.encoder)
+        return {
+            module: pair
+            for modules, pairs in zip(self.modules, parts, strict=True)
+            for module, pair in zip(modules, pairs, strict=bool(pairs))
+        }
+
+    def _position_hooks(self, opening: Opening, shift: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """What moves real tokens behind the prefix: positions given to the model, or read by its decoder."""
+        if self.encoder_decoder:
+            tables = [each for name, each in self.base.get_decoder().named_modules() if name == "embed_positions"]
+            return [
+                (self.base, self._note_seen(opening)),
+                *((each, self._shift_decoder(opening, shift)) for each in tables),
+            ]
+        return [(self.base, self._shift_positions(opening, shift))] if self.takes_positions else []
+
+    def _note_seen(self, opening: Opening) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            cache = kwargs.get("past_key_values")
+            if _OPENING.get() is opening:
+                opening.seen = cache.get_seq_length() if cache is not None else 0
+
+        return hook
+
+    def _shift_decoder(self, opening: Opening, shift: int) -> Callable[..., Any]:
+        """A pre-hook on the position table of a BART-like decoder, which is called with `position_ids` `[T]`."""
+
+        def hook(table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if _OPENING.get() is not opening or not shift:
+                return None
+            positions = kwargs["position_ids"] + shift
+            self._check_room(positions, shift + int(opening.seen) + positions.shape[-1])
+            return args, {**kwargs, "position_ids": positions}
+
+        return hook
 
     @contextmanager
     def _active(self, opening: Opening) -> Iterator[None]:
@@ -169,17 +239,18 @@ class AttentionDoor:
         return undo
 
     def _bound(self, run: Callable[..., Any], opening: Opening) -> Callable[..., Any]:
-        tensors = [part for pair in opening.prefix.layers for part in pair] if opening.prefix else []
+        prefix = opening.prefix
+        tensors = [part for pair in prefix.pairs for part in pair] if prefix is not None else []
 
         def checkpointed(layer: Callable[..., Any], *args: Any, **options: Any) -> Any:
             if _OPENING.get() is not opening:
                 return run(layer, *args, **options)
-            positions = opening.positions
+            positions, seen = opening.positions, opening.seen
 
             def replay(*everything: Any) -> Any:
-                given, parts = everything[: len(args)], everything[len(args) :]
-                prefix = KV(tuple(zip(parts[::2], parts[1::2], strict=True))) if parts else None
-                with self._active(Opening(prefix, opening.index, positions=positions)):
+                given, parts = everything[: len(args)], iter(everything[len(args) :])
+                again = None if prefix is None else prefix.map(lambda _: next(parts))
+                with self._active(Opening(again, self._pairs(again), self.tables, positions=positions, seen=seen)):
                     return layer(*given)
 
             return run(replay, *args, *tensors, **options)
@@ -231,21 +302,21 @@ def _attention_through(backend: str) -> Callable[..., Any]:
             return plain(module, query, key, value, mask, **kwargs)
         window = kwargs.get("sliding_window")
         if opening.recording is not None:
-            opening.recording.modules.append(module)
-            opening.recording.layers.append((key, value))
-            opening.recording.windows.append(window)
-        layer = opening.index.get(module)
-        if opening.prefix is None or layer is None:
+            opening.recording.add(module, query, key, value, window)
+        pair, prefix = opening.pairs.get(module), opening.prefix
+        if pair is None or prefix is None:
             return plain(module, query, key, value, mask, **kwargs)
-        more_key, more_value = opening.prefix.layers[layer]
-        length = more_key.shape[2]
+        length = pair[0].shape[2]
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if mask is None and causal and 1 < query.shape[2] < key.shape[2]:
             # A static cache's unused tail, which causal backends cut off themselves when there is no mask.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = _widen_bias(opening, module, kwargs["position_bias"], length)
+        window = None if prefix.always_visible else window
         mask = _widen(mask, query, key, length, window, causal, opening.positions, additive=backend == "eager")
-        key, value = _in_front(more_key, key), _in_front(more_value, value)
+        key, value = _in_front(pair[0], key, prefix.rows), _in_front(pair[1], value, prefix.rows)
         output, weights = plain(module, query, key, value, mask, **kwargs)
         return output, weights if weights is None else weights[..., length:]
 
@@ -261,9 +332,27 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
     raise UnsupportedError(f"{type(module).__name__} has no eager attention; load with attn_implementation='sdpa'.")
 
 
-def _in_front(prefix: Tensor, own: Tensor) -> Tensor:
-    """`[1, h, p, k]` before `[B, h, t, k]`, in the latter's type and place."""
-    return torch.cat([prefix.to(own).expand(own.shape[0], -1, -1, -1), own], dim=2)
+def is_encoder_decoder(base: PreTrainedModel) -> bool:
+    """Whether a model has both stacks; T5 for tokens, say, keeps only the encoder of its config."""
+    return bool(base.config.is_encoder_decoder) and "decoder_input_ids" in inspect.signature(base.forward).parameters
+
+
+def _in_front(prefix: Tensor, own: Tensor, rows: Tensor | None) -> Tensor:
+    """`[N, h, p, k]` before `[B, h, t, k]`, in the latter's type and place."""
+    return torch.cat([spread(prefix.to(own), rows, own.shape[0]), own], dim=2)
+
+
+def _widen_bias(opening: Opening, module: nn.Module, bias: Tensor, length: int) -> Tensor:
+    """T5's relative position bias `[1, h, q, t]` with the prefix's columns, which stand at −p…−1; none where t is none.
+
+    The table is in the first layer of each stack; cross-attention has no positions.
+    """
+    table = opening.tables.get(module)
+    if table is None:
+        return torch.cat([bias.new_zeros(*bias.shape[:3], length), bias], dim=-1)
+    seen = opening.seen if getattr(module, "is_decoder", False) else 0
+    columns = table.compute_bias(bias.shape[2], length, device=bias.device, past_seen_tokens=seen + length)
+    return torch.cat([columns.to(bias), bias], dim=-1)
 
 
 def _widen(

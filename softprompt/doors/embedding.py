@@ -1,7 +1,7 @@
 """The embedding door: vectors placed into the embedded input, and outputs brought back to the real tokens.
 
-Rows are first brought into one form – real tokens first, padding behind – so that a vector in front stands next to
-the row's first real token, and heads that read column 0 read a real one. `Placement.restore` undoes all of it.
+Rows are brought into one form – the vectors next to the row's real tokens, padding all on one side – so that padding
+changes nothing, and heads that read column 0 read a real one. `Placement.restore` undoes all of it.
 """
 
 from dataclasses import dataclass
@@ -10,24 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.prompt import Geometry
+from softprompt.errors import ConfigError
+from softprompt.prompt import Embeddings
 
 PER_TOKEN_OUTPUTS = ("logits", "last_hidden_state", "hidden_states", "start_logits", "end_logits")
 PER_PAIR_OUTPUTS = ("attentions",)
 COLUMN_INPUTS = ("start_positions", "end_positions")
-PER_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels")
+PER_TOKEN_INPUTS = ("inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels")
+FILLERS = {"attention_mask": 1, "token_type_ids": 0, "labels": -100}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How rows were rearranged: `order` `[B, T]` (None: as they were), and how many vectors stand in front."""
+    """Where things are now: `columns` `[B, T]` is the new column of every given one, of `width` (None: as it was)."""
 
-    order: Tensor | None
-    in_front: int
-    tokens: int
+    columns: Tensor | None
+    width: int
 
     def restore(self, output: Any) -> Any:
-        """The model's output with every per-token field `[B, n+T, …]` cut and reordered to `[B, T, …]`."""
+        """The model's output with every per-token field `[B, width, …]` brought back to `[B, T, …]`."""
+        if self.columns is None:
+            return output
         for name in (*PER_TOKEN_OUTPUTS, *PER_PAIR_OUTPUTS):
             value = output.get(name)
             if isinstance(value, tuple):
@@ -38,62 +41,128 @@ class Placement:
 
     def _restore(self, name: str, value: Tensor) -> Tensor:
         dims = (2, 3) if name in PER_PAIR_OUTPUTS else (1,)
-        if value.ndim <= max(dims) or value.shape[dims[0]] != self.in_front + self.tokens:
+        if value.ndim <= max(dims) or value.shape[dims[0]] != self.width:
             return value  # a field of one value per row, such as a classifier's logits [B, C]
         if name == "logits" and value.ndim < 3:
             return value
+        assert self.columns is not None
         for dim in dims:
-            value = value.narrow(dim, self.in_front, self.tokens)
-            if self.order is not None:
-                value = _take(value, self.order.argsort(dim=1), dim)
+            value = take(value, self.columns, dim)
         return value
 
 
-def arrange(inputs: dict[str, Any]) -> tuple[dict[str, Any], Placement]:
-    """Move every row's real tokens to its front. Without a 2-D mask rows stay as they are."""
-    mask, tokens = inputs.get("attention_mask"), _length(inputs)
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != tokens:
-        return inputs, Placement(None, 0, tokens)
-    order = (mask == 0).to(torch.int8).argsort(dim=1, stable=True)
-    moved = {
-        name: _take(value, order, 1) if _per_token(name, value, tokens) else value for name, value in inputs.items()
-    }
+def embed(inputs: dict[str, Any], table: Any) -> Tensor:
+    """The embedded input `[B, T, d]`, given or looked up."""
+    embedded = inputs.get("inputs_embeds")
+    return table(inputs["input_ids"]) if embedded is None else embedded
+
+
+def fill_slots(embedded: Tensor, prompt: Embeddings, slots: Tensor) -> Tensor:
+    """`embedded` `[B, T, d]` with the prompt's vectors where `slots` `[B, T]` is their index (−1: an ordinary token)."""
+    vectors = prompt.per_row(embedded.shape[0]).to(embedded)
+    if slots.shape != embedded.shape[:2]:
+        raise ConfigError(f"slots have shape {tuple(slots.shape)}, the rows {tuple(embedded.shape[:2])}; give one each.")
+    if int(slots.max()) >= prompt.length or int(slots.min()) < -1:
+        raise ConfigError(
+            f"slots go from {int(slots.min())} to {int(slots.max())}, but the prompt has {prompt.length} virtual tokens; "
+            "use −1 for ordinary tokens and 0 to p−1 for virtual ones."
+        )
+    chosen = take(vectors, slots.clamp(min=0).to(vectors.device), 1)
+    return torch.where(slots[..., None].to(vectors.device) >= 0, chosen, embedded)
+
+
+def place(
+    inputs: dict[str, Any],
+    vectors: Tensor | None,
+    embedded: Tensor | None,
+    *,
+    after_first: bool = False,
+    padding: str = "right",
+    causal: bool = True,
+    position_offset: int = 0,
+) -> tuple[dict[str, Any], Placement]:
+    """Rows with `vectors` `[B, n, d]` before their real tokens (or behind the first one) and all padding on one side.
+
+    Without vectors the rows are only arranged; `embedded` `[B, T, d]` then stays what it is in `inputs`. Mask, labels,
+    types, given positions and spans follow. Rows with a mask that is not 2-D keep their order.
+    """
+    tokens, count = _length(inputs), 0 if vectors is None else vectors.shape[1]
+    mask = inputs.get("attention_mask")
+    plain = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == tokens
+    result = dict(inputs)
+    if vectors is not None:
+        assert embedded is not None
+        result = _in_front(inputs, vectors, embedded, tokens, causal, position_offset)
+    if not plain and not count:
+        return result, Placement(None, tokens)
+    shape = (result["inputs_embeds"] if vectors is not None else _ids(inputs)).shape[0], tokens
+    device = _ids(result).device
+    real = mask != 0 if plain else torch.ones(shape, dtype=torch.bool, device=device)
+    order = _order(real.to(device), count, after_first, padding)
+    place_of = order.argsort(dim=1)
+    if after_first and count and "position_ids" in result:
+        result["position_ids"] = _positions_after_first(inputs["position_ids"], count, real)
+    result = {name: _follow_order(name, value, order) for name, value in result.items()}
     for name in COLUMN_INPUTS:
         if name in inputs:
-            moved[name] = _follow(inputs[name], order)
-    return moved, Placement(order, 0, tokens)
+            result[name] = _follow(inputs[name], place_of[:, count:])
+    return result, Placement(place_of[:, count:], count + tokens)
 
 
-def _follow(columns: Tensor, order: Tensor) -> Tensor:
-    """Where the columns `[B]` have gone; those outside a row, which a loss ignores, stay outside."""
-    inside = (columns >= 0) & (columns < order.shape[1])
-    moved = order.argsort(dim=1).gather(1, columns.where(inside, 0)[:, None])[:, 0]
-    return moved.where(inside, columns)
+def _order(real: Tensor, count: int, after_first: bool, padding: str) -> Tensor:
+    """Which column `[B, n+T]` of vectors-then-tokens stands where: a stable sort by what each column is."""
+    rank = torch.where(real, 2, 3 if padding == "right" else -1)
+    if after_first:
+        first = real & (real.cumsum(1) == 1)
+        rank = rank.masked_fill(first, 0)
+    rank = torch.cat([rank.new_ones(real.shape[0], count), rank], dim=1)
+    return rank.to(torch.int8).argsort(dim=1, stable=True)
 
 
-def put_in_front(
-    inputs: dict[str, Any], placement: Placement, vectors: Tensor, embedded: Tensor, geometry: Geometry
-) -> tuple[dict[str, Any], Placement]:
-    """`vectors` `[1, n, d]` before `embedded` `[B, T, d]`, with mask, labels, types and positions to match."""
+def _in_front(
+    inputs: dict[str, Any], vectors: Tensor, embedded: Tensor, tokens: int, causal: bool, position_offset: int
+) -> dict[str, Any]:
+    """Every input with `n` more columns in front, before any reordering."""
     rows, count = embedded.shape[0], vectors.shape[1]
     result = {name: value for name, value in inputs.items() if name != "input_ids"}
     result["inputs_embeds"] = torch.cat([vectors.to(embedded).expand(rows, -1, -1), embedded], dim=1)
-    for name, filler in (("attention_mask", 1), ("token_type_ids", 0), ("labels", -100)):
+    for name, filler in FILLERS.items():
         value = inputs.get(name)
-        if _per_token(name, value, placement.tokens):
+        if _per_token(name, value, tokens):
             assert isinstance(value, Tensor)
             result[name] = torch.cat([value.new_full((value.shape[0], count), filler), value], dim=1)
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 4:
-        result["attention_mask"] = _widen_square(mask, count, geometry.causal)
+        result["attention_mask"] = _widen_square(mask, count, causal)
     positions = inputs.get("position_ids")
     if positions is not None:
-        first = torch.arange(count, device=positions.device) + geometry.position_offset
+        first = torch.arange(count, device=positions.device) + position_offset
         result["position_ids"] = torch.cat([first.expand(positions.shape[0], -1), positions + count], dim=1)
-    for name in COLUMN_INPUTS:
-        if name in inputs:
-            result[name] = inputs[name] + count
-    return result, Placement(placement.order, count, placement.tokens)
+    return result
+
+
+def _positions_after_first(positions: Tensor, count: int, real: Tensor) -> Tensor:
+    """Given positions `[B, T]` with room for the vectors behind each row's first real token, `[B, n+T]`."""
+    first = real & (real.cumsum(1) == 1)
+    positions = positions.expand(real.shape[0], -1)
+    begin = positions.gather(1, first.to(torch.int8).argmax(1, keepdim=True)) + 1
+    virtual = begin + torch.arange(count, device=positions.device)
+    return torch.cat([virtual, positions + torch.where(first, 0, count)], dim=1)
+
+
+def _follow_order(name: str, value: Any, order: Tensor) -> Any:
+    """A per-token input in its new order; anything else as it is."""
+    width = order.shape[1]
+    if name == "attention_mask" and isinstance(value, Tensor) and value.ndim == 4 and value.shape[-2:] == (width, width):
+        return take(take(value, order, 2), order, 3)
+    return take(value, order, 1) if _per_token(name, value, width) or name == "input_ids" else value
+
+
+def _follow(columns: Tensor, place_of: Tensor) -> Tensor:
+    """Where the columns `[B]` have gone; those outside a row, which a loss ignores, stay outside."""
+    inside = (columns >= 0) & (columns < place_of.shape[1])
+    moved = place_of.gather(1, columns.where(inside, 0)[:, None])[:, 0]
+    return moved.where(inside, columns.where(columns < 0, columns + place_of.shape[1]))
 
 
 def _widen_square(mask: Tensor, count: int, causal: bool) -> Tensor:
@@ -112,20 +181,26 @@ def _widen_square(mask: Tensor, count: int, causal: bool) -> Tensor:
     return torch.cat([top, torch.cat([left, mask], dim=-1)], dim=2)
 
 
+def _ids(inputs: dict[str, Any]) -> Tensor:
+    embedded = inputs.get("inputs_embeds")
+    return inputs["input_ids"] if embedded is None else embedded
+
+
 def _length(inputs: dict[str, Any]) -> int:
-    ids = inputs.get("input_ids")
-    return (ids if ids is not None else inputs["inputs_embeds"]).shape[1]
+    return _ids(inputs).shape[1]
 
 
 def _per_token(name: str, value: Any, tokens: int) -> bool:
     """Whether an input has one entry per token; `labels` of a sequence classifier are `[B]` or `[B, C]` floats."""
     if name not in PER_TOKEN_INPUTS or not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != tokens:
         return False
+    if name == "attention_mask" and value.ndim != 2:
+        return False
     return name != "labels" or not value.is_floating_point()
 
 
-def _take(value: Tensor, order: Tensor, dim: int) -> Tensor:
-    """Reorder `dim` of `value` row by row; `order` is `[B, T]`."""
+def take(value: Tensor, order: Tensor, dim: int) -> Tensor:
+    """The entries `order` `[B, m]` of dimension `dim` of `value`, row by row."""
     shape = [1] * value.ndim
     shape[0], shape[dim] = order.shape
     size = list(value.shape)

@@ -11,7 +11,7 @@ from typing import final
 
 from torch import Tensor, nn
 
-from softprompt.config import PromptConfig, parse_enum
+from softprompt.config import EmbeddingConfig, PromptConfig, parse_enum
 from softprompt.prompt import EmbeddingPrompt, Geometry, need_count
 
 
@@ -26,7 +26,7 @@ class PromptEncoderReparameterizationType(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptEncoderConfig(PromptConfig):
+class PromptEncoderConfig(EmbeddingConfig):
     """P-tuning's choices. `encoder_hidden_size` defaults to `token_dim`; `encoder_num_layers` counts LSTM layers."""
 
     PEFT_TYPE = "P_TUNING"
@@ -65,7 +65,7 @@ class PromptEncoder(EmbeddingPrompt):
         self.hidden_size = config.encoder_hidden_size
         self.total_virtual_tokens = config.total_virtual_tokens
         self.encoder_type = config.encoder_reparameterization_type
-        self.embedding = nn.Embedding(self.total_virtual_tokens, self.token_dim)
+        self.embedding = nn.Embedding(config.num_virtual_tokens, self.token_dim)
         if config.inference_mode:
             return
         hidden, width = config.encoder_hidden_size or self.token_dim, self.token_dim

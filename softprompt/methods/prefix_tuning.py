@@ -11,13 +11,13 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from softprompt.config import PromptConfig
+from softprompt.config import KVConfig, PromptConfig
 from softprompt.errors import ConfigError
 from softprompt.prompt import Geometry, KVPrompt, need_count
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixTuningConfig(PromptConfig):
+class PrefixTuningConfig(KVConfig):
     """Prefix tuning's choices. `encoder_hidden_size` is the FFN's width (default: `token_dim`)."""
 
     PEFT_TYPE = "PREFIX_TUNING"
@@ -52,7 +52,7 @@ class PrefixEncoder(KVPrompt):
         self.config = config
         self.prefix_projection = config.prefix_projection and not config.inference_mode
         self.dropout = nn.Dropout(config.prefix_dropout)
-        width = config.num_layers * 2 * config.token_dim
+        width = config.prefix_width
         self.embedding = nn.Embedding(config.num_virtual_tokens, config.token_dim if self.prefix_projection else width)
         last: nn.Module = self.embedding
         if self.prefix_projection:

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from softprompt.config import PromptConfig, parse_enum
+from softprompt.config import EmbeddingConfig, parse_enum
 from softprompt.errors import ConfigError
 from softprompt.prompt import EmbeddingPrompt, need_count
 
@@ -33,7 +33,7 @@ class PromptTuningInit(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptTuningConfig(PromptConfig):
+class PromptTuningConfig(EmbeddingConfig):
     """Prompt tuning's choices.
 
     `TEXT` and `CLASS_LABELS` tokenise with `tokenizer_name_or_path`; text is cut or repeated to p tokens.
@@ -66,7 +66,7 @@ class PromptTuningConfig(PromptConfig):
 
 @final
 class PromptEmbedding(EmbeddingPrompt):
-    """The table of virtual tokens: indices `[B, n]` → vectors `[B, n, d]`, n = `total_virtual_tokens`.
+    """The table of virtual tokens: indices `[B, n]` → vectors `[B, n, d]`.
 
     `word_embeddings` is the base model's input embedding, needed for every start but RANDOM.
     """
@@ -78,7 +78,7 @@ class PromptEmbedding(EmbeddingPrompt):
         super().__init__()
         need_count(config, "token_dim")
         self.config = config
-        self.embedding = nn.Embedding(config.total_virtual_tokens, config.token_dim)  # pyright: ignore[reportArgumentType]
+        self.embedding = nn.Embedding(config.num_virtual_tokens, config.token_dim)  # pyright: ignore[reportArgumentType]
         if config.inference_mode:
             return
         with torch.no_grad():
@@ -100,7 +100,7 @@ class PromptEmbedding(EmbeddingPrompt):
 
 def initial_rows(config: PromptTuningConfig, word_embeddings: nn.Module) -> Tensor:
     """The table's start, `[n, d]` in float32, for every init that reads the vocabulary."""
-    count, weight = config.total_virtual_tokens, next(word_embeddings.parameters())
+    count, weight = config.num_virtual_tokens, next(word_embeddings.parameters())
 
     def embed(ids: list[int] | Tensor) -> Tensor:
         return word_embeddings(torch.as_tensor(ids, device=weight.device)).float()

@@ -1,0 +1,123 @@
+"""The door into an encoder-decoder's encoder: vectors enter there, whoever calls it, and cross-attention sees them.
+
+Two hooks do it, so `forward`, `generate` and heads that also read `input_ids` need no arguments changed. The encoder's
+rows are arranged like any encoder's (real tokens first), and its output is brought back to the caller's columns, with
+the vectors in front; the decoder's cross-attention gets a mask to match.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softprompt.doors.embedding import embed, fill_slots, place, take
+from softprompt.errors import ConfigError
+from softprompt.prompt import Embeddings
+
+Hook = Callable[..., Any]
+
+
+@contextmanager
+def open_encoder(
+    base: PreTrainedModel, prompt: Embeddings | None, slots: Tensor | None = None, after_first: bool = False
+) -> Iterator[None]:
+    """Inside the block the encoder's rows are arranged, with `prompt` in front of them (or at their `slots`)."""
+    encoder, decoder = base.get_encoder(), base.get_decoder()
+    count = 0 if prompt is None or slots is not None else prompt.length
+    places: list[Tensor] = []
+    handles = [
+        encoder.register_forward_pre_hook(_enter(prompt, slots, after_first, places), with_kwargs=True),
+        encoder.register_forward_hook(_leave(count, places)),
+        decoder.register_forward_pre_hook(_widen_cross(count), with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _enter(prompt: Embeddings | None, slots: Tensor | None, after_first: bool, places: list[Tensor]) -> Hook:
+    def hook(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        inputs = {**({"input_ids": args[0]} if args else {}), **kwargs}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        vectors, embedded = None, None
+        if prompt is not None:
+            embedded = embed(inputs, encoder.get_input_embeddings())  # pyright: ignore[reportCallIssue]
+            if slots is not None:
+                inputs["inputs_embeds"] = fill_slots(embedded, prompt, slots)
+                inputs.pop("input_ids", None)
+            else:
+                vectors = prompt.per_row(embedded.shape[0])
+        placed, placement = place(inputs, vectors, embedded, after_first=after_first, causal=False)
+        columns = placement.columns
+        if columns is not None:
+            places.append(columns)
+        return (), placed
+
+    return hook
+
+
+def _leave(count: int, places: list[Tensor]) -> Hook:
+    """The encoder's output with the vectors in front and every token in the column the caller gave it."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not places:
+            return output
+        columns = places.pop()
+        order = torch.cat([_others(columns, count), columns], dim=1)
+        if isinstance(output, tuple):
+            return (take(output[0], order, 1), *output[1:])
+        output["last_hidden_state"] = take(output["last_hidden_state"], order, 1)
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(take(state, order, 1) for state in output["hidden_states"])
+        if output.get("attentions") is not None:
+            output["attentions"] = tuple(take(take(part, order, 2), order, 3) for part in output["attentions"])
+        return output
+
+    return hook
+
+
+def _others(columns: Tensor, count: int) -> Tensor:
+    """The `count` columns that are nobody's in `columns` `[B, T]`, in order: where the vectors stand."""
+    width = columns.shape[1] + count
+    taken = torch.zeros(columns.shape[0], width, dtype=torch.int8, device=columns.device).scatter_(1, columns, 1)
+    return taken.argsort(dim=1, stable=True)[:, :count]
+
+
+def _widen_cross(count: int) -> Hook:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        if not count or states is None or mask is None:
+            return None
+        if states.shape[1] == mask.shape[1]:
+            raise ConfigError(
+                "encoder_outputs were computed without the prompt; pass input_ids, so that the encoder sees it."
+            )
+        return args, {**kwargs, "encoder_attention_mask": torch.cat([mask.new_ones(mask.shape[0], count), mask], 1)}
+
+    return hook
+
+
+def cut(output: Any, count: int) -> Any:
+    """What a model returns of its encoder, over real tokens only."""
+    if not count or not isinstance(output, dict):
+        return output
+    for name in ("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions"):
+        value = output.get(name)
+        if isinstance(value, Tensor):
+            output[name] = value[:, count:]
+        elif value is not None:
+            output[name] = tuple(_cut(name, part, count) for part in value)
+    return output
+
+
+def _cut(name: str, part: Any, count: int) -> Any:
+    if isinstance(part, tuple):  # generation: one tuple per step
+        return tuple(_cut(name, each, count) for each in part)
+    if name == "encoder_hidden_states":
+        return part[:, count:]
+    return part[..., count:, count:] if name == "encoder_attentions" else part[..., count:]

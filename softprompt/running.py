@@ -1,0 +1,243 @@
+"""How a prompt reaches a call of the model: which door, by the kind of prompt and of model, never by the method.
+
+- keys and values, and front embeddings folded into them: the attention door (`doors.attention`);
+- embeddings that cannot be folded (encoders, models with a state, slots inside the row), and the last virtual token
+  where every token has a label: in the rows (`doors.embedding`);
+- embeddings on encoder-decoders: in the encoder's rows (`doors.encoder`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.config import EmbeddingConfig, Placement, PromptConfig
+from softprompt.doors.attention import AttentionDoor
+from softprompt.doors.embedding import embed, fill_slots, place
+from softprompt.doors.encoder import cut, open_encoder
+from softprompt.errors import ConfigError, UnsupportedError
+from softprompt.fold import fold
+from softprompt.inputs import cached, labels_tokens, packed, with_mask, without_cache
+from softprompt.prompt import KV, Embeddings, Geometry
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a base model with a prompt. `slots` `[B, T]` says where in the rows virtual tokens stand."""
+
+    door: AttentionDoor
+    geometry: Geometry
+    prompt: Embeddings | KV
+    placement: Placement = Placement.FRONT
+    slots: Tensor | None = None
+
+    @staticmethod
+    def of(
+        door: AttentionDoor, geometry: Geometry, config: PromptConfig, prompt: Embeddings | KV, slots: Tensor | None
+    ) -> "Run":
+        """Raises ConfigError where slots are missing, or given to a prompt that stands elsewhere."""
+        placement = config.placement if isinstance(config, EmbeddingConfig) else Placement.FRONT
+        assert isinstance(placement, Placement)
+        if (slots is None) == (placement is Placement.TEMPLATE):
+            wanted = "needs slots (encode the rows with its template)" if slots is None else "takes no slots"
+            raise ConfigError(f"a prompt with placement={placement.value!r} {wanted}; see PromptConfig.placement.")
+        return Run(door, geometry, prompt, placement, slots)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        return self.door.base
+
+    @property
+    def folds(self) -> bool:
+        """Whether the whole prompt is, or can be turned into, keys and values in front of every row."""
+        return isinstance(self.prompt, KV) or (self.geometry.foldable and self.placement is Placement.FRONT)
+
+    def as_kv(self) -> KV:
+        if isinstance(self.prompt, KV):
+            return self.prompt
+        if not self.geometry.foldable:
+            what = "causal" if not self.geometry.causal else "made of attention alone"
+            raise UnsupportedError(
+                f"{type(self.base).__name__} is not {what}, so an embedding prompt cannot be folded into keys and "
+                "values; train prefix_tuning instead."
+            )
+        if self.placement is not Placement.FRONT:
+            raise UnsupportedError(
+                f"this prompt stands inside the rows (placement={self.placement.value!r}), so it cannot be folded into "
+                "keys and values in front of them."
+            )
+        return fold(self.door, self.prompt)
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: dict[str, Any]) -> Any:
+        """The model's output over real tokens, on keyword inputs that were given."""
+        if self.geometry.encoder_decoder:
+            return self._forward_encoder_decoder(inputs)
+        if self.folds and self.geometry.causal and not (self.geometry.foldable and labels_tokens(inputs)):
+            with self.door.open(self.as_kv()):
+                return self.base(**inputs)
+        if isinstance(self.prompt, Embeddings) and self.geometry.causal and not self.geometry.foldable:
+            return self._forward_state(inputs)
+        return self._forward_rows(inputs)
+
+    def _forward_rows(self, inputs: dict[str, Any]) -> Any:
+        """Where a row's own columns matter: on encoders (heads read column 0), slots, and a label for every token."""
+        causal = self.geometry.causal
+        if causal and not packed(inputs):
+            inputs = with_mask(inputs)
+        if causal and labels_tokens(inputs):
+            inputs = without_cache(inputs)
+        kv, vectors = self._divide(inputs)
+        inputs, placement = self._placed(inputs, vectors, "right")
+        with self.door.open(kv):
+            return placement.restore(self.base(**inputs))
+
+    def _placed(self, inputs: dict[str, Any], vectors: Embeddings | None, padding: str) -> tuple[dict[str, Any], Any]:
+        """The inputs with vectors in their rows, or at their slots."""
+        geometry, embedded = self.geometry, None
+        if vectors is not None:
+            embedded = embed(inputs, self.base.get_input_embeddings())
+            if self.slots is not None:
+                inputs = {name: value for name, value in inputs.items() if name != "input_ids"}
+                inputs["inputs_embeds"] = fill_slots(embedded, vectors, self.slots)
+                vectors = embedded = None
+        if self.slots is not None and geometry.causal and padding == "right":
+            return inputs, place({"input_ids": self.slots}, None, None)[1]  # rows stay as they are
+        return place(
+            inputs,
+            None if vectors is None or embedded is None else vectors.per_row(embedded.shape[0]),
+            embedded,
+            after_first=self.placement is Placement.AFTER_BOS,
+            padding=padding,
+            causal=geometry.causal,
+            position_offset=geometry.position_offset,
+        )
+
+    def _divide(self, inputs: dict[str, Any]) -> tuple[KV | None, Embeddings | None]:
+        """What of a prompt goes through the attention door, and what stands in the rows.
+
+        On a causal model all but the last virtual token are folded: they see no row. The last one stays with each
+        row, because its output there predicts the row's first token.
+        """
+        prompt = self.prompt
+        if isinstance(prompt, KV):
+            return prompt, None
+        if not self.folds:
+            return None, prompt
+        if packed(inputs):
+            return fold(self.door, prompt), None
+        before = Embeddings(prompt.vectors[:, :-1], prompt.rows)
+        last = Embeddings(prompt.vectors[:, -1:], prompt.rows)
+        return fold(self.door, before) if before.length else None, last
+
+    def _forward_state(self, inputs: dict[str, Any]) -> Any:
+        """A model that keeps a state: padding first, then the prompt, then the row, so that the state can be kept."""
+        prompt = self.prompt
+        assert isinstance(prompt, Embeddings)
+        if cached(inputs):
+            with self.door.open(None):
+                return self.base(**self._behind(inputs, prompt.length))
+        inputs, placement = self._placed(with_mask(inputs, always=True), prompt, "left")
+        with self.door.open(None):
+            return placement.restore(self.base(**inputs))
+
+    def _behind(self, inputs: dict[str, Any], count: int) -> dict[str, Any]:
+        """Inputs of a later step, whose cache has already seen the prompt between the padding and the row."""
+        mask = inputs.get("attention_mask")
+        if self.slots is not None or not isinstance(mask, Tensor):
+            return inputs
+        widened = torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
+        return {**inputs, "attention_mask": widened.sort(dim=1, stable=True).values}
+
+    def _forward_encoder_decoder(self, inputs: dict[str, Any]) -> Any:
+        kv, vectors = (self.prompt, None) if isinstance(self.prompt, KV) else (None, self.prompt)
+        after_first = self.placement is Placement.AFTER_BOS
+        with self.door.open(kv), open_encoder(self.base, vectors, self.slots, after_first):
+            return cut(self.base(**inputs), vectors.length if vectors is not None and self.slots is None else 0)
+
+    # ---- generate ------------------------------------------------------------------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's `generate`."""
+        generate: Any = self.base.generate
+        if self.geometry.encoder_decoder:
+            kv, vectors = (self.prompt, None) if isinstance(self.prompt, KV) else (None, self.prompt)
+            after_first = self.placement is Placement.AFTER_BOS
+            with self.door.open(kv), open_encoder(self.base, vectors, self.slots, after_first):
+                output = generate(*args, **kwargs)
+            return cut(output, vectors.length if vectors is not None and self.slots is None else 0)
+        if self.folds:
+            with self.door.open(self.as_kv()):
+                return generate(*args, **kwargs)
+        return self._generate_rows(generate, args, kwargs)
+
+    def _generate_rows(self, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A prompt inside the rows: generation starts from embeddings, and sees the ids of real tokens only.
+
+        What it returns starts with the ids the caller gave.
+        """
+        if not self.geometry.causal:
+            raise UnsupportedError(f"{type(self.base).__name__} is an encoder, which cannot generate.")
+        inputs = dict(kwargs)
+        inputs["input_ids"] = given = _given_ids(args, inputs)
+        if given is None and inputs.get("inputs_embeds") is None:
+            raise ConfigError("generate needs input_ids or inputs_embeds; give the rows to go on from.")
+        if cached({"past_key_values": inputs.get("past_key_values") or inputs.get("cache_params")}):
+            raise ConfigError("this prompt stands inside the rows, so generate cannot start from a cache; pass none.")
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            inputs["attention_mask"] = mask = _mask_of(self.base, inputs, kwargs)
+        rows = {name: inputs[name] for name in ("input_ids", "inputs_embeds", "attention_mask") if inputs.get(name) is not None}
+        if "inputs_embeds" in rows:
+            rows.pop("input_ids", None)
+        assert isinstance(self.prompt, Embeddings)
+        placed, _ = self._placed(rows, self.prompt, "left")
+        ids = None if given is None else _real_ids(given, mask, self.slots)
+        options = {name: value for name, value in inputs.items() if name not in (*rows, "inputs", "input_ids")}
+        with self.door.open(None):
+            output = generate(None, *args[1:], **options, **placed, input_ids=ids)
+        return output if given is None else _starting_with(output, given, ids)
+
+
+def _given_ids(args: tuple[Any, ...], inputs: dict[str, Any]) -> Tensor | None:
+    for value in (*args[:1], inputs.get("inputs"), inputs.get("input_ids")):
+        if value is not None:
+            return value
+    return None
+
+
+def _mask_of(base: PreTrainedModel, inputs: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """As `generate` would make it: 0 at padding where the ids hold any, all ones otherwise."""
+    ids = inputs.get("input_ids")
+    if ids is None:
+        return torch.ones(inputs["inputs_embeds"].shape[:2], dtype=torch.long, device=inputs["inputs_embeds"].device)
+    pad = options.get("pad_token_id", base.generation_config.pad_token_id if base.generation_config else None)
+    end = options.get("eos_token_id", base.generation_config.eos_token_id if base.generation_config else None)
+    ends = end if isinstance(end, list) else [end]
+    return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
+
+
+def _real_ids(ids: Tensor, mask: Tensor, slots: Tensor | None) -> Tensor:
+    """The ids logits processors see: without slots, which stand for no word, and with padding in front."""
+    if slots is None:
+        return ids
+    keep = (mask != 0) & (slots < 0).to(mask.device)
+    width = max(1, int(keep.sum(1).max()))
+    order = keep.to(torch.int8).argsort(dim=1, stable=True)[:, -width:]
+    shown = ids.gather(1, order)
+    first = ids.gather(1, keep.to(torch.int8).argmax(1, keepdim=True))
+    return torch.where(keep.gather(1, order), shown, first)  # a row's own id, so that no processor counts another
+
+
+def _starting_with(output: Any, given: Tensor, ids: Tensor | None) -> Any:
+    assert ids is not None
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    begin = given.repeat_interleave(sequences.shape[0] // given.shape[0], dim=0).to(sequences.device)
+    sequences = torch.cat([begin, sequences[:, ids.shape[1] :]], dim=1)
+    if isinstance(output, Tensor):
+        return sequences
+    output.sequences = sequences
+    return output
