@@ -19,6 +19,9 @@ class Defaults:
     init: str = "examples"
     learning_rate: float = 1e-2
     head_learning_rate: float = 1e-3  # a classification head learns beside the prompt, usually more slowly
+    task_learning_rate: float | None = None  # of what each of several tasks has of its own
+    distillation: float | None = None
+    temperature: float | None = None
     steps: int = 300
     batch_size: int = 16
     warmup: float = 0.06  # share of all steps
@@ -61,6 +64,14 @@ _TABLE: dict[tuple[str, str], Defaults] = {
         beta1=0.6,
         beta2=0.8,
         method_options={"prefix_projection": False},
+    ),
+    ("multitask_prompt_tuning", "CAUSAL_LM"): Defaults(
+        learning_rate=0.3,
+        task_learning_rate=0.02,
+        distillation=0.9,
+        temperature=2.0,
+        optimizer="muon",
+        beta1=0.7,
     ),
     # As above, 120 steps: 0.42, with a learning rate of 3e-2 0.43, of 0.3 0.70; through the FFN at 1e-2, 0.70.
     ("prefix_tuning", "SEQ_CLS"): Defaults(

@@ -53,6 +53,9 @@ class Recipe:
     input_column: str | None = _help("column of the input, when there is no template")
     target_column: str | None = _help("column of the target or label, when there is no template")
     train_limit: int | None = _help("use only the first N training examples")
+    tasks: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "several tasks for one prompt: name → train, eval, template, …"}
+    )
     eval_limit: int | None = _help("score at most N held-out pairs while training, spread over the file; default: 400")
     max_length: int | None = _help("longest example in tokens; default: what the model's context leaves")
 
@@ -62,6 +65,17 @@ class Recipe:
     method_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "further fields of the method's config"}
     )
+    source: str | None = _help("folder of a prompt of several tasks to start from")
+    source_task: str | None = _help("the one of its tasks to start from; default: the mean of all")
+
+    teachers: str | None = _help(
+        "folder with a trained prompt per task; default: they are trained first, in OUT/teachers"
+    )
+    teacher: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "settings of the teachers that differ from the recipe's own"}
+    )
+    distillation: float | None = _help("weight of what the teachers say against the tasks' own loss; 0: no teachers")
+    temperature: float | None = _help("temperature at which the teachers' probabilities are compared")
 
     steps: int | None = _help("optimiser steps; give this or epochs")
     epochs: float | None = _help("passes over the training data; give this or steps")
@@ -69,6 +83,7 @@ class Recipe:
     eval_batch_size: int = _help("examples per evaluation batch", 32)
     learning_rate: float | None = _help("peak learning rate of the prompt")
     head_learning_rate: float | None = _help("peak learning rate of a classification head")
+    task_learning_rate: float | None = _help("peak learning rate of what each of several tasks has of its own")
     schedule: str | None = _help("decay after the warm-up: linear, cosine or constant")
     warmup: float | None = _help("share of the steps over which the learning rate rises, 0 to 1")
     optimizer: str | None = _help("adamw or muon")
@@ -90,7 +105,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, kind in _field_types().items():
-            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+            object.__setattr__(self, name, checked(name, getattr(self, name), kind))
         _check_choices(self)
         _check_ranges(self)
         _check_combinations(self)
@@ -110,9 +125,9 @@ class Recipe:
         return cls.from_dict(read_yaml(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values in field order, without the fields that are None."""
+        """Plain values in field order, without the fields that are None or empty."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None and value != {}}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
@@ -133,7 +148,7 @@ class Recipe:
             changes.pop("steps", None)
         if self.init is None and self.init_text is not None:
             changes["init"] = "text"
-        elif self.init is None and any("init" in name for name in self.method_options):
+        elif self.init is None and (self.source or any("init" in name for name in self.method_options)):
             changes["init"] = "random"  # the method's own option decides
         changes["method_options"] = {**table.method_options, **self.method_options}
         return self.replace(**changes)
@@ -167,7 +182,7 @@ def _field_types() -> dict[str, Any]:
     return typing.get_type_hints(Recipe)
 
 
-def _checked(name: str, value: Any, kind: Any) -> Any:
+def checked(name: str, value: Any, kind: Any) -> Any:
     """``value`` as ``kind`` (a plain type, ``X | None`` or ``dict``), or ``ConfigError``."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and type(None) in options:
@@ -209,12 +224,27 @@ def _check_choices(recipe: Recipe) -> None:
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
-        ("num_virtual_tokens", "steps", "batch_size", "eval_batch_size", "eval_steps", "max_length", "max_new_tokens"),
+        (
+            "num_virtual_tokens",
+            "steps",
+            "batch_size",
+            "eval_batch_size",
+            "eval_steps",
+            "max_length",
+            "max_new_tokens",
+            "train_limit",
+            "eval_limit",
+        ),
         (lambda value: value >= 1, "at least 1"),
     ),
-    **dict.fromkeys(("train_limit", "eval_limit"), (lambda value: value >= 1, "at least 1")),
-    **dict.fromkeys(("epochs", "learning_rate", "head_learning_rate"), (lambda value: value > 0, "greater than 0")),
-    **dict.fromkeys(("weight_decay", "clip", "save_steps", "samples", "seed"), (lambda value: value >= 0, "0 or more")),
+    **dict.fromkeys(
+        ("epochs", "learning_rate", "head_learning_rate", "task_learning_rate", "temperature"),
+        (lambda value: value > 0, "greater than 0"),
+    ),
+    **dict.fromkeys(
+        ("weight_decay", "clip", "save_steps", "samples", "seed", "distillation"),
+        (lambda value: value >= 0, "0 or more"),
+    ),
     **dict.fromkeys(("warmup", "beta1", "beta2"), (lambda value: 0 <= value < 1, "from 0 up to, but not including, 1")),
 }
 
@@ -235,11 +265,14 @@ def _check_combinations(recipe: Recipe) -> None:
         raise ConfigError(f"init_text is set but init is {recipe.init!r}; use init: text, or drop init_text")
     if recipe.template and (recipe.input_column or recipe.target_column):
         raise ConfigError("both a template and input_column/target_column are set; give one of the two")
+    from softprompt.tasks import check_tasks  # here because that module builds on this one
+
+    check_tasks(recipe)
 
 
 def require_paths(recipe: Recipe) -> None:
     """A recipe may be incomplete until it is run; then it needs its data and its folder."""
-    if not recipe.train:
+    if not recipe.train and not recipe.tasks:
         raise ConfigError("the recipe names no training data; give it with `train: FILE` or --train FILE")
     if not recipe.out:
         raise ConfigError("the recipe names no run folder; give it with `out: DIR` or --out DIR")

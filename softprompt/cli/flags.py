@@ -12,13 +12,13 @@ from softprompt.errors import ConfigError
 from softprompt.methods import METHODS
 from softprompt.recipe import Recipe
 
-RECIPE_OPTIONS = "method_options"  # the one field of a recipe that is a mapping; its members are flags of their own
+RECIPE_OPTIONS = "method_options"  # the one mapping of a recipe whose members are flags of their own
 
 
 def recipe_parameters() -> list[inspect.Parameter]:
-    """One optional flag per field of a recipe; None means that it was not given."""
+    """One optional flag per field of a recipe that is not a mapping; None means that it was not given."""
     hints = typing.get_type_hints(Recipe)
-    fields = [field for field in dataclasses.fields(Recipe) if field.name != RECIPE_OPTIONS]
+    fields = [field for field in dataclasses.fields(Recipe) if typing.get_origin(hints[field.name]) is not dict]
     return [_parameter(field.name, hints[field.name], field.metadata.get("help", ""), "Recipe") for field in fields]
 
 
