@@ -94,13 +94,14 @@ def read_tensors(
 
 
 def read_any_tensors(path: Path, check: Callable[[dict[str, Layout]], None]) -> dict[str, Tensor]:
-    """Every tensor of a `.safetensors` file whose names and shapes `check` accepts. Raises CheckpointError."""
+    """Every tensor of a `.safetensors` or `.bin` file, if `check` accepts their layouts. Raises CheckpointError."""
 
     def check_all(found: dict[str, Layout]) -> None:
         check(found)
         _check_types(path, found)
 
-    return check_finite(path, _read_safetensors(path, check_all))
+    read = _read_bin if path.suffix == ".bin" else _read_safetensors
+    return check_finite(path, read(path, check_all))
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -7,6 +7,11 @@ from typing import Any
 
 from softprompt.config import PromptConfig
 from softprompt.errors import ConfigError
+from softprompt.methods.multitask_prompt_tuning import (
+    MultitaskPromptEmbedding,
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
+)
 from softprompt.methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
 from softprompt.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from softprompt.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
@@ -30,6 +35,9 @@ def get_peft_config(config_dict: dict[str, Any]) -> PromptConfig:
 
 __all__ = [
     "METHODS",
+    "MultitaskPromptEmbedding",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "PeftType",
     "PrefixEncoder",
     "PrefixTuningConfig",
