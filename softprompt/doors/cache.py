@@ -1,0 +1,283 @@
+"""The cache door: the prefix reaches the layers through the cache they read, on families without AttentionInterface.
+
+Bloom, MPT, Falcon and GPT-J attend in code of their own, but every layer hands its keys and values to the cache and
+attends to what it gets back. While the door is open for one call, that cache is a stand-in which puts the prefix before
+the real tokens. The caller's cache, and so generation, beams and static caches, hold real tokens only.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from softprompt.doors.attention import BACKENDS, Recording
+from softprompt.doors.prefixed_cache import (
+    PrefixedCache,
+    additive,
+    count_columns,
+    filled,
+    of_sequences,
+    order_columns,
+    visible_columns,
+    widen,
+)
+from softprompt.errors import ConfigError, UnsupportedError
+from softprompt.inputs import packed
+from softprompt.positions import true_positions
+from softprompt.prompt import KV
+
+CACHE_NAMES = ("layer_past", "past_key_values")
+"""What layers call their cache; transformers sets it to None under gradient checkpointing."""
+
+
+@dataclass
+class Opening:
+    """One use of the door; `cache` is the stand-in of its latest call."""
+
+    prefix: KV | None
+    recording: Recording | None = None
+    cache: PrefixedCache | None = None
+
+
+_OPENING: ContextVar[Opening | None] = ContextVar("softprompt_cache_opening", default=None)
+
+
+class CacheDoor:
+    """The door of one base model. `modules` are its attention modules, in order, once `Geometry` has been probed.
+
+    It stands at the model's body, which every head calls. `learned_positions` is how many tokens the body has room
+    for, where it ends.
+    """
+
+    encoder_decoder = False
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.base = base
+        self.body = _body(base)
+        self.modules: tuple[list[nn.Module], list[nn.Module], list[nn.Module]] = ([], [], [])
+        self._names = list(inspect.signature(self.body.forward).parameters)
+        self.takes_positions = "position_ids" in self._names
+        self.position_offset = 0
+        self.learned_positions: int | None = _room(self.body)
+
+    def bind(self, own: list[nn.Module], cross: list[nn.Module], encoder: list[nn.Module]) -> None:
+        """Take in which modules attend."""
+        self.modules = (own, cross, encoder)
+
+    @torch.no_grad()
+    def check(self, ids: Tensor) -> None:
+        """UnsupportedError unless tokens put through the door do what they do in the row; `ids` `[1, 2]` are any two.
+
+        Tried with and without padding on the left, since a family may count positions in ways of its own.
+        """
+        first, rest = ids[:, [0, 1, 1]], ids[:, [1, 0]]
+        whole = self.body(input_ids=torch.cat([first, rest], dim=1), use_cache=False, return_dict=True)[0][0, -2:]
+        recording = Recording()
+        with self.open(None, recording):
+            self.body(input_ids=first, use_cache=False, return_dict=True)
+        for padding in (0, 3):
+            row = torch.cat([first[:, :padding], rest], dim=1)
+            mask = torch.ones_like(row)
+            mask[:, :padding] = 0
+            with self.open(KV(tuple(recording.layers))):
+                parts = self.body(input_ids=row, attention_mask=mask, use_cache=False, return_dict=True)[0][0, -2:]
+            tolerance = 1e-3 if whole.dtype in (torch.float32, torch.float64) else 0.1
+            if not bool((parts - whole).float().norm() <= tolerance * whole.float().norm()):
+                raise UnsupportedError(
+                    f"{type(self.base).__name__} does not attend through transformers' AttentionInterface, and keys "
+                    "and values in its cache do not do what tokens do; use a family such as gpt2, llama, mistral, "
+                    "qwen, gemma, opt, bloom, mpt, falcon or gptj."
+                )
+
+    @contextmanager
+    def open(self, prefix: KV | None, recording: Recording | None = None) -> Iterator[None]:
+        """Inside the block every call of the base model sees `prefix` (`[N, h, p, k]` per layer)."""
+        backend = _backend(self.body)
+        if backend not in BACKENDS:
+            raise UnsupportedError(
+                f"attention backend {backend!r} cannot take a prefix yet; load the model with "
+                "attn_implementation='sdpa' or 'eager'."
+            )
+        opening = Opening(prefix if prefix is not None and prefix.layers else None, recording)
+        with ExitStack() as stack:
+            attending = self._attending(stack) if recording is not None else None
+            enter = self._enter(opening, attending)
+            stack.callback(self.body.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(self.body.register_forward_hook(self._leave(opening)).remove)
+            stack.callback(self._checkpointing(opening))
+            token = _OPENING.set(opening)
+            stack.callback(_OPENING.reset, token)
+            yield
+
+    def _attending(self, stack: ExitStack) -> Callable[[int], nn.Module]:
+        """Which module fills a layer of the cache: known once probed, until then the innermost one that runs."""
+        if self.modules[0]:
+            return self.modules[0].__getitem__
+        running: list[nn.Module] = []
+
+        def entered(module: nn.Module, _: Any) -> None:
+            running.append(module)
+
+        def left(*_: Any) -> None:
+            running.pop()
+
+        for module in self.body.modules():
+            stack.callback(module.register_forward_pre_hook(entered).remove)
+            stack.callback(module.register_forward_hook(left).remove)
+        return lambda _: running[-1]
+
+    def _enter(self, opening: Opening, attending: Callable[[int], nn.Module] | None) -> Callable[..., Any]:
+        """A pre-hook on the body: the stand-in for the cache, and mask and positions to match."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            call = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            ids, embedded = call.get("input_ids"), call.get("inputs_embeds")
+            inputs = ids if embedded is None else embedded
+            if _OPENING.get() is not opening or inputs is None:  # another thread's call, or one the model refuses
+                return args, kwargs
+            if opening.recording is not None:
+                opening.cache = PrefixedCache(None, None, recording=opening.recording, attending=attending)
+                return (), {**call, "past_key_values": opening.cache, "use_cache": False, "return_dict": True}
+            return (), {**call, **self._place(opening, call, inputs)}
+
+        return hook
+
+    def _place(self, opening: Opening, call: dict[str, Any], inputs: Tensor) -> dict[str, Any]:
+        """The arguments of a call `inputs` `[B, T]` or `[B, T, d]` that change while the door is open."""
+        own, prefix = self._own_cache(call), opening.prefix
+        mask, given = call.get("attention_mask"), call.get("position_ids")
+        if isinstance(given, Tensor) and packed({"position_ids": given, "attention_mask": mask}) and not filled(own):
+            mask = of_sequences(given)
+        length = 0 if prefix is None else prefix.length
+        columns = count_columns(own, inputs.shape[1])
+        changed: dict[str, Any] = {}
+        positions: Tensor | None = None
+        if self.takes_positions:
+            known = isinstance(given, Tensor)
+            positions = given - self.position_offset if known else true_positions(inputs, mask, own)
+            changed["position_ids"] = positions + length + self.position_offset
+        self._check_room(length, columns, positions)
+        if prefix is None:
+            return changed
+        order = None if mask is None else order_columns(visible_columns(mask), length, columns)
+        returned = call.get("past_key_values") if own is None else own
+        wanted = call.get("return_dict")
+        wanted = self.body.config.return_dict if wanted is None else wanted
+        opening.cache = PrefixedCache(own, prefix, order, returned, as_tuple=not wanted)
+        if mask is not None:
+            mask = widen(mask if _backend(self.body) != "eager" else additive(mask, self.body.dtype), length, order)
+        return {**changed, "past_key_values": opening.cache, "attention_mask": mask, "return_dict": True}
+
+    def _own_cache(self, call: dict[str, Any]) -> Any:
+        """The cache that takes in this call's real tokens: the caller's, a new one, or none."""
+        given, use = call.get("past_key_values"), call.get("use_cache")
+        if self.body.training and getattr(self.body, "gradient_checkpointing", False):
+            if filled(given):
+                raise ConfigError(
+                    "past_key_values cannot be used under gradient checkpointing, where transformers drops them; call "
+                    "model.eval(), or pass the whole row without a cache."
+                )
+            return None
+        use = getattr(self.body.config, "use_cache", False) if use is None else use
+        return DynamicCache(config=self.body.config) if given is None and use else given
+
+    def _check_room(self, length: int, columns: int, positions: Tensor | None) -> None:
+        """Say that tokens do not fit before a table is read beyond its end; values are looked at only if need be."""
+        limit, tokens = self.learned_positions, length + columns
+        if limit is None or tokens <= limit:
+            return
+        if positions is not None:
+            tokens = int(positions.max()) + 1 + length
+        if tokens > limit:
+            raise ConfigError(
+                f"{tokens} tokens, the virtual ones included, do not fit into this model's {limit} positions; shorten "
+                "the text or use fewer virtual tokens."
+            )
+
+    def _leave(self, opening: Opening) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if _OPENING.get() is not opening or opening.cache is None:
+                return output
+            return opening.cache.leave(output)
+
+        return hook
+
+    def _checkpointing(self, opening: Opening) -> Callable[[], None]:
+        """Put the stand-in back where transformers drops the cache, whenever and however checkpointing was enabled."""
+        changed: list[tuple[nn.Module, Callable[..., Any]]] = []
+        for module in self.body.modules():
+            run = module.__dict__.get("_gradient_checkpointing_func")
+            if run is not None and getattr(module, "gradient_checkpointing", False):
+                changed.append((module, run))
+                module.__dict__["_gradient_checkpointing_func"] = self._bound(run, opening)
+
+        def undo() -> None:
+            for module, run in changed:
+                module.__dict__["_gradient_checkpointing_func"] = run
+
+        return undo
+
+    def _bound(self, run: Callable[..., Any], opening: Opening) -> Callable[..., Any]:
+        """Run a layer with the stand-in, in the backward pass too.
+
+        The prefix goes along as explicit arguments, so that re-entrant checkpointing gives it gradients as well. A
+        recording is short and must keep its graph, so there the layer runs directly.
+        """
+
+        def checkpointed(layer: partial[Any], *args: Any, **options: Any) -> Any:
+            cache = opening.cache
+            if _OPENING.get() is not opening or cache is None:
+                return run(layer, *args, **options)
+            if cache.prefix is None:
+                return _with_cache(layer, cache)(*args)
+            prefix = cache.prefix
+            tensors = [part for pair in prefix.layers for part in pair]
+
+            def replay(*everything: Any) -> Any:
+                given, parts = everything[: len(args)], iter(everything[len(args) :])
+                return _with_cache(layer, replace(cache, prefix=prefix.map(lambda _: next(parts))))(*given)
+
+            return run(replay, *args, *tensors, **options)
+
+        return checkpointed
+
+
+def _with_cache(layer: partial[Any], cache: PrefixedCache) -> Callable[..., Any]:
+    """A layer's bound call with a cache under the name it takes one by."""
+    name = next((each for each in CACHE_NAMES if each in layer.keywords), None)
+    if name is None:
+        raise UnsupportedError(
+            "a layer of this model takes no cache by name, so gradient checkpointing would lose the prefix; turn "
+            "gradient checkpointing off."
+        )
+    return partial(layer.func, *layer.args, **{**layer.keywords, name: cache})
+
+
+def fills_cache(base: PreTrainedModel) -> bool:
+    """Whether the model's body takes a cache, which the door needs."""
+    return "past_key_values" in inspect.signature(_body(base).forward).parameters
+
+
+def _body(base: PreTrainedModel) -> PreTrainedModel:
+    body = base.base_model
+    assert isinstance(body, PreTrainedModel)
+    return body
+
+
+def _backend(body: PreTrainedModel) -> str:
+    return body.config._attn_implementation or "eager"
+
+
+def _room(body: PreTrainedModel) -> int | None:
+    """How many tokens a body has room for: the rows of its fixed table of positions, or the width of MPT's bias."""
+    for name, table in body.named_buffers():
+        if name.endswith("embed_positions"):
+            return table.shape[0]
+    return getattr(body.config, "max_seq_len", None)

@@ -1,0 +1,152 @@
+"""What stands in for the cache while the cache door is open, and the columns of keys, values and masks.
+
+Columns are `[padding on the left, prefix, real tokens]`: ALiBi and local attention may count columns, and in this order
+a column's distance is the distance of the true positions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.doors.attention import Recording
+from softprompt.errors import UnsupportedError
+from softprompt.prompt import KV, spread
+
+
+@dataclass
+class PrefixedCache:
+    """What the layers of one call see in place of the caller's cache `own` (None: nothing is kept).
+
+    `order` `[B|1, p + own columns]` says where each column comes from, None: the prefix first. `returned` is what the
+    caller gets back as `past_key_values`. With `recording` keys and values are taken down as they come.
+    """
+
+    own: Any
+    prefix: KV | None
+    order: Tensor | None = None
+    returned: Any = None
+    as_tuple: bool = False
+    recording: Recording | None = None
+    attending: Callable[[int], nn.Module] | None = None
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values `[B, h, p + t, k]` that a layer attends to, given its new ones."""
+        if self.recording is not None:
+            return self._record(key, value, layer_idx)
+        if self.own is not None:
+            key, value = self.own.update(key, value, layer_idx, *args, **kwargs)
+        if self.prefix is None:
+            return key, value
+        more_key, more_value = self.prefix.layers[layer_idx]
+        return self._with_prefix(more_key, key), self._with_prefix(more_value, value)
+
+    def _record(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        assert self.recording is not None and self.attending is not None
+        if layer_idx != len(self.recording.layers):
+            raise UnsupportedError(
+                f"layer {layer_idx} of this model fills the cache where layer {len(self.recording.layers)} is due, so "
+                "its layers cannot have a prefix each; use a model that runs each of its layers once, in order."
+            )
+        self.recording.add(self.attending(layer_idx), key, key, value, None)
+        return key, value
+
+    def _with_prefix(self, prefix: Tensor, own: Tensor) -> Tensor:
+        """`[N, h, p, k]` and `[B, h, t, k]` → `[B, h, p + t, k]`, in the latter's type and place."""
+        assert self.prefix is not None
+        both = torch.cat([spread(prefix.to(own), self.prefix.rows, own.shape[0]), own], dim=2)
+        return both if self.order is None else both.take_along_dim(self.order[:, None, :, None], dim=2)
+
+    @property
+    def length(self) -> int:
+        return 0 if self.prefix is None else self.prefix.length
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.length + (0 if self.own is None else self.own.get_seq_length(layer_idx))
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.length + count_columns(self.own, query_length, layer_idx), 0
+
+    def __getattr__(self, name: str) -> Any:
+        """Anything else a model asks its cache is the caller's to answer."""
+        if name.startswith("__") or name == "own":
+            raise AttributeError(name)
+        return getattr(self.own, name)
+
+    def leave(self, output: Any) -> Any:
+        """The output of the model's body with the caller's cache and attention to real tokens only."""
+        fields = dict(output)
+        if "past_key_values" in fields:
+            fields["past_key_values"] = self.returned
+        if fields.get("attentions") is not None:
+            fields["attentions"] = tuple(self._without_prefix(each) for each in fields["attentions"])
+        output = type(output)(**fields)
+        return output.to_tuple() if self.as_tuple else output
+
+    def _without_prefix(self, weights: Tensor | None) -> Tensor | None:
+        """Attention weights `[B, h, q, p + t]` → `[B, h, q, t]`."""
+        if weights is None:
+            return None
+        if self.order is not None:
+            weights = weights.take_along_dim(self.order.argsort(dim=1)[:, None, None], dim=3)
+        return weights[..., self.length :]
+
+
+def filled(cache: Any) -> bool:
+    return cache is not None and bool(cache.get_seq_length() > 0)
+
+
+def count_columns(cache: Any, tokens: int, layer_idx: int = 0) -> int:
+    """How many columns a layer attends to, besides the prefix: a static cache's unused ones are among them."""
+    return tokens if cache is None else cache.get_mask_sizes(tokens, layer_idx)[0]
+
+
+def visible_columns(mask: Tensor) -> Tensor:
+    """Which columns any query sees, `[B|1, columns]`, from a 2-D mask or a 4-D one (boolean or additive)."""
+    if mask.ndim == 2:
+        return mask != 0
+    return (mask if mask.dtype is torch.bool else mask > -1000).any(dim=2).any(dim=1)
+
+
+def order_columns(visible: Tensor, length: int, columns: int) -> Tensor | None:
+    """Which column of `[prefix, padding, real tokens]` stands where in `[padding, prefix, real tokens]`.
+
+    `visible` `[B, …]` → `[B, length + columns]`; None where no row has padding on its left.
+    """
+    padding = (visible.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+    if not bool(padding.any()):
+        return None
+    column = torch.arange(length + columns, device=visible.device)[None]
+    front = torch.where(column < padding, column + length, column - padding)
+    return torch.where(column < padding + length, front, column)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean 4-D mask as one that is added, which is what eager attention does with it."""
+    if mask.ndim != 4 or mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def widen(mask: Tensor, length: int, order: Tensor | None) -> Tensor:
+    """A mask `[B, columns]` or `[B, h|1, q, columns]` with columns for the prefix, which every query sees."""
+    square = mask.ndim == 4
+    seen = mask.new_full((*mask.shape[:-1], length), 0 if square and mask.dtype is not torch.bool else 1)
+    both = torch.cat([seen, mask], dim=-1)
+    if order is None:
+        return both
+    order = order[:, : both.shape[-1]]
+    return both.take_along_dim(order[:, None, None] if square else order, dim=-1)
+
+
+def of_sequences(positions: Tensor) -> Tensor:
+    """The causal mask `[B, 1, T, T]` of rows of several sequences, whose positions `[B, T]` start again at each."""
+    starts = torch.diff(positions, prepend=positions[:, :1] - 1) <= 0
+    sequence = starts.cumsum(dim=1)
+    same = sequence[:, None, :, None] == sequence[:, None, None, :]
+    return same & torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
