@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.data import IGNORED, Encoded, EncodedLabel, Example, collate, input_ids
+from softprompt.data import IGNORED, Encoded, EncodedLabel, Example, collate, input_rows
 from softprompt.errors import DataError
 
 
@@ -99,20 +99,25 @@ def generate_texts(
     `generation` goes to the model's `generate` (`num_beams`, `do_sample`, `temperature`, …).
     """
     examples = [Example(text, ("",), where="the input") if isinstance(text, str) else text for text in inputs]
-    starts = input_ids(examples, tokenizer)
+    starts = input_rows(examples, tokenizer)
     options = {"do_sample": False, "num_beams": 1, "pad_token_id": pad_id(tokenizer), **generation}
     texts = [""] * len(starts)
     with _evaluating(model) as device:
-        for places in _batches_by_length([len(ids) for ids in starts], batch_size):
-            rows = [Encoded(starts[place], starts[place], examples[place].task) for place in places]
+        for places in _batches_by_length([len(ids) for ids, _ in starts], batch_size):
+            rows = [
+                Encoded(ids, ids, examples[place].task, slots) for place in places for ids, slots in [starts[place]]
+            ]
             batch = collate(rows, pad_id(tokenizer), padding_side="left")
             width = batch.pop("labels").shape[1]
-            inputs = {name: value.to(device) for name, value in batch.items()}
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+            output = model.generate(**_on(device, batch), max_new_tokens=max_new_tokens, **options)
             answers = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             for place, answer in zip(places, answers, strict=True):
                 texts[place] = answer.strip()
     return texts
+
+
+def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

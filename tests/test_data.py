@@ -29,6 +29,7 @@ from softprompt.data import (
     load_examples,
     load_labelled,
 )
+from softprompt.data.examples import templated
 from softprompt.errors import ConfigError, DataError, SoftPromptError
 
 RECORDS = [
@@ -97,7 +98,7 @@ def test_braces_numbers_and_text_after_the_last_field() -> None:
     template = Template("{{{a}}} {b}\n{c}!")
     assert template.fields == ("a", "b", "c")
     row = type("R", (), {"values": {"a": 1, "b": 2.5, "c": "x"}, "where": "here"})()
-    example = template.example(row)
+    example = templated(row, template)
     assert (example.input, example.border, example.targets) == ("{1} 2.5\n", "", ("x!",))
 
 

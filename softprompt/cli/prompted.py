@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.checkpoint import SavedAdapter, load_adapter
 from softprompt.data import Example, Template, input_ids
-from softprompt.data.examples import input_example
+from softprompt.data.examples import input_example, is_templated
 from softprompt.data.rows import Row, read_rows
 from softprompt.errors import CheckpointError, ConfigError, DataError
 from softprompt.loading import EMBEDDED, load_base, load_tokenizer
@@ -109,7 +109,7 @@ def example_of(text: str, template: Template | None, where: str = "the input") -
     With a template of one input field the text is that field; with several it is a JSON object of them. A text that
     already ends the way the template's input ends is complete and stays as it is.
     """
-    if template is None or template.is_rendered(text):
+    if template is None or is_templated(text, template):
         return Example(text.rstrip(" "), ("",), where=where)
     return input_example(Row(where, _fields(text, template, where)), template)
 
@@ -121,17 +121,22 @@ def examples_of(file: str, template: Template | None, column: str | None = None)
     return [input_example(row, template, column) for row in read_rows(file)]
 
 
+def _input_fields(template: Template) -> tuple[str, ...]:
+    return template.fields[:-1]
+
+
 def _fields(text: str, template: Template, where: str) -> dict[str, Any]:
-    if len(template.input_fields) == 1:
-        return {template.input_fields[0]: text}
+    if len(_input_fields(template)) == 1:
+        return {_input_fields(template)[0]: text}
     try:
-        values = json.loads(text) if template.input_fields else {}
+        values = json.loads(text) if _input_fields(template) else {}
     except json.JSONDecodeError:
         values = None
     if not isinstance(values, dict):
-        example = ", ".join(f'"{name}": "…"' for name in template.input_fields)
+        names = _input_fields(template)
+        example = ", ".join(f'"{name}": "…"' for name in names)
         raise ConfigError(
-            f"the template {template.text!r} has {len(template.input_fields)} input fields, so {where} must be a JSON "
+            f"the template {template.text!r} has {len(names)} input fields, so {where} must be a JSON "
             f"object: {{{example}}}; --raw takes the text as it is"
         )
     return values

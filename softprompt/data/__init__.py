@@ -14,8 +14,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.data.examples import Example, LabelledExample, Template, expand, load_examples, load_labelled
+from softprompt.data.examples import Example, LabelledExample, expand, load_examples, load_labelled
 from softprompt.errors import DataError
+from softprompt.template import Template
+from softprompt.template.encode import adds_space, encode_parts, run_parts
 
 __all__ = [
     "IGNORED",
@@ -30,6 +32,7 @@ __all__ = [
     "encode_labels",
     "expand",
     "input_ids",
+    "input_rows",
     "load_examples",
     "load_labelled",
     "target_ids",
@@ -42,12 +45,14 @@ IGNORED = -100  # the label that transformers' losses skip
 class Encoded:
     """Token ids and, of the same length, labels: −100 on the input, the target's ids and the end token after it.
 
-    `task` is the number of the row's task where one prompt serves several.
+    `task` is the number of the row's task where one prompt serves several; `slots`, where virtual tokens stand inside
+    the row, holds for each column the one that stands there, or −1.
     """
 
     input_ids: list[int]
     labels: list[int]
     task: int | None = None
+    slots: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,8 @@ def encode_all(
     """`encode` for many examples at once, which fast tokenizers do several times faster."""
     room = max_length - room_for_prompt
     encoded = []
-    starts, targets = input_ids(examples, tokenizer), target_ids(examples, tokenizer)
-    for example, start, target in zip(examples, starts, targets, strict=True):
+    starts, targets = input_rows(examples, tokenizer), target_ids(examples, tokenizer)
+    for example, (start, slots), target in zip(examples, starts, targets, strict=True):
         if len(start) + len(target) > room:
             beside = f" beside {room_for_prompt} virtual tokens" if room_for_prompt else ""
             raise DataError(
@@ -78,7 +83,8 @@ def encode_all(
                 f"there is room for {max(room, 0)}{beside}; shorten or drop the row, or allow a greater length if the "
                 "model has it"
             )
-        encoded.append(Encoded(start + target, [IGNORED] * len(start) + target, example.task))
+        columns = None if slots is None else slots + [-1] * len(target)
+        encoded.append(Encoded(start + target, [IGNORED] * len(start) + target, example.task, columns))
     return encoded
 
 
@@ -107,8 +113,20 @@ def encode_labels(
     return encoded
 
 
+def input_rows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int] | None]]:
+    """`input_ids`, and with each row the columns of its virtual tokens (`Encoded.slots`) where it has any inside."""
+    if not any(example.pieces for example in examples):
+        return [(ids, None) for ids in input_ids(examples, tokenizer)]
+    rows = [(run_parts(example.pieces, tokenizer), {}) for example in examples]
+    return [(ids, slots) for ids, slots in encode_parts(rows, tokenizer, None, [e.where for e in examples])]
+
+
 def input_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """What generation starts from: each input's ids, with a start token if the tokenizer adds one, no end token."""
+    if any(example.pieces for example in examples):
+        return [ids for ids, _ in input_rows(examples, tokenizer)]
     chats = [bool(example.messages) for example in examples]
     texts = [_chat_texts(e, tokenizer)[0] if e.messages else e.input for e in examples]
     encoded = _ids_of_kinds(tokenizer, texts, special=[not chat for chat in chats])
@@ -128,8 +146,8 @@ def target_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) 
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise DataError("this tokenizer has no end-of-sequence token, so a target could not end; set eos_token")
-    adds_space = tokenizer.tokenize("a")[0].startswith("▁")  # SentencePiece style: every text starts as if after one
-    texts = [_answer(e, tokenizer) if e.messages else _after_border(e, adds_space) for e in examples]
+    spaced = adds_space(tokenizer)
+    texts = [_answer(e, tokenizer) if e.messages else _after_border(e, spaced) for e in examples]
     encoded = _ids(tokenizer, texts, special=False)
     for example, text, ids in zip(examples, texts, encoded, strict=True):
         if not example.messages or text == example.targets[0].rstrip():  # a template without an end of turn
@@ -137,9 +155,9 @@ def target_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) 
     return encoded
 
 
-def _after_border(example: Example, adds_space: bool) -> str:
+def _after_border(example: Example, spaced: bool) -> str:
     text = example.border + example.targets[0]
-    return text[1:] if adds_space and text.startswith(" ") else text
+    return text[1:] if spaced and text.startswith(" ") else text
 
 
 def _answer(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -186,7 +204,9 @@ def _chat_texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[s
 def collate(
     batch: Sequence[Encoded] | Sequence[EncodedLabel], pad_id: int, padding_side: str = "right"
 ) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [B, T], `labels` [B, T] (of texts to classify [B]); `task_ids` [B] if any."""
+    """`input_ids` and `attention_mask` [B, T], `labels` [B, T] (of texts to classify [B]); `task_ids` [B] and
+    `slots` [B, T] if any.
+    """
     width = max(len(row.input_ids) for row in batch)
 
     def padded(values: list[int], fill: int) -> list[int]:
@@ -200,4 +220,7 @@ def collate(
         "labels": torch.tensor(labels),
     }
     tasks = [row.task for row in batch if isinstance(row, Encoded) and row.task is not None]
+    if any(isinstance(row, Encoded) and row.slots is not None for row in batch):
+        columns = [row.slots if isinstance(row, Encoded) and row.slots else [-1] * len(row.input_ids) for row in batch]
+        result["slots"] = torch.tensor([padded(row, -1) for row in columns])
     return {**result, "task_ids": torch.tensor(tasks)} if tasks else result
