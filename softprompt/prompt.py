@@ -209,6 +209,10 @@ class SoftPrompt(nn.Module, ABC):
     peft_type: ClassVar[str]
     saved_names: ClassVar[Mapping[str, str]] = {"prompt_embeddings": "embedding.weight"}
     """The tensors of a checkpoint by their names there, and what they are in the state of `inference_mode`."""
+    token_dims: ClassVar[Mapping[str, int]] = {"prompt_embeddings": 0}
+    """Which dimension of a saved tensor counts virtual tokens, for those that have one."""
+    task_parameters: ClassVar[tuple[str, ...]] = ()
+    """The parameters that belong to one of several tasks each; they may have a learning rate of their own."""
 
     config: PromptConfig
     embedding: nn.Embedding
@@ -254,14 +258,19 @@ class SoftPrompt(nn.Module, ABC):
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds, by the names it has there, detached."""
-        state = self.state_dict()
+        state, copies = self.state_dict(), self.config.saved_copies
         saved = {name: state[own].clone() for name, own in self.saved_names.items() if name != "prompt_embeddings"}
-        return {"prompt_embeddings": self.saved_vectors().repeat(self.config.saved_copies, 1), **saved}
+        saved = {"prompt_embeddings": self.saved_vectors(), **saved}
+        return saved | {name: torch.cat([saved[name]] * copies, dim) for name, dim in self.token_dims.items()}
 
     @torch.no_grad()
     def load_saved(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `saved_tensors` gave."""
-        self.start_from(tensors["prompt_embeddings"][: self.embedding.num_embeddings])
+        first = {
+            name: tensors[name].narrow(dim, 0, self.embedding.num_embeddings) for name, dim in self.token_dims.items()
+        }
+        tensors = {**tensors, **first}
+        self.start_from(tensors["prompt_embeddings"])
         state = self.state_dict()
         for name, own in self.saved_names.items():
             if name != "prompt_embeddings":

@@ -138,18 +138,22 @@ def check_fits(saved: SavedAdapter, geometry: Geometry) -> None:
         layers = geometry.prefix_layers(config)
         shapes = [[layer.heads, layer.key_size, layer.value_size] for layer in layers]
         there = config.prefix_shapes
-        if len(there) == len(shapes) and (config.layer_shapes is not None or any(s != shapes[0] for s in shapes)):
-            sizes.append(("key-value shapes", there, shapes))
-        elif len(there) == len(shapes):
+        if all(shape == given[0] and shape[1] == shape[2] for given in (there, shapes) for shape in given):
             sizes += [("key-value heads", there[0][0], shapes[0][0]), ("head size", there[0][1], shapes[0][1])]
-        elif config.num_layers == len(geometry.layers):
+        elif there != shapes:
+            sizes.append(("key-value shapes", there, shapes))
+        if config.num_layers == len(geometry.layers):
             sizes.append(("attention layers with a prefix", len(there), len(shapes)))
     else:
         sizes += [
             ("width", config.token_dim, geometry.hidden_size),
             ("attention heads", config.num_attention_heads, geometry.query_heads or None),
         ]
-    wrong = [f"{name} {there} in the adapter, {here} here" for name, there, here in sizes if there not in (None, here) and here is not None]
+    wrong = [
+        f"{name} {there} in the adapter, {here} here"
+        for name, there, here in sizes
+        if there not in (None, here) and here is not None
+    ]
     if wrong:
         name = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
         raise CheckpointError(
@@ -203,10 +207,11 @@ def _pack(tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None)
 def _prompt_shapes(config: PromptConfig, path: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of the prompt's own tensors, from the trained-down module on the meta device."""
     config = replace(config, inference_mode=True)
-    state, names = _state_shapes(config, path), method_of(config.peft_type, path).saved_names
-    rows, width = state[names["prompt_embeddings"]]
-    shapes = {name: state[own] for name, own in names.items()}
-    return shapes | {"prompt_embeddings": (rows * config.saved_copies, width)}
+    state, method = _state_shapes(config, path), method_of(config.peft_type, path)
+    shapes = {name: list(state[own]) for name, own in method.saved_names.items()}
+    for name, dim in method.token_dims.items():
+        shapes[name][dim] *= config.saved_copies
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def _encoder_shapes(config: PromptConfig, path: Path) -> dict[str, tuple[int, ...]]:

@@ -98,7 +98,6 @@ class MultitaskPromptTuningConfig(EmbeddingConfig):
         return PromptTuningConfig(
             num_virtual_tokens=self.num_virtual_tokens,
             token_dim=self.token_dim,
-            num_transformer_submodules=self.num_transformer_submodules,
             prompt_tuning_init=str(self.prompt_tuning_init),
             prompt_tuning_init_text=self.prompt_tuning_init_text,
             tokenizer_name_or_path=self.tokenizer_name_or_path,
@@ -132,6 +131,8 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
         "prefix_task_cols": "prefix_task_cols",
         "prefix_task_rows": "prefix_task_rows",
     }
+    token_dims = {"prompt_embeddings": 0, "prefix_task_cols": 1}  # noqa: RUF012
+    task_parameters = ("prefix_task_cols", "prefix_task_rows")
 
     def __init__(self, config: MultitaskPromptTuningConfig, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
         assert config.token_dim is not None
         self.config = config
         self.num_tasks, self.num_ranks = config.num_tasks, config.num_ranks
-        count, ranks = config.total_virtual_tokens, config.num_ranks
+        count, ranks = config.num_virtual_tokens, config.num_ranks
         self.embedding = nn.Embedding(count, config.token_dim)
         first = (torch.arange(count)[:, None] % ranks == torch.arange(ranks)).float()
         self.prefix_task_cols = nn.Parameter(first.repeat(config.num_tasks, 1, 1))
@@ -157,7 +158,10 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
     def _start_from_source(self, config: MultitaskPromptTuningConfig) -> None:
         """Take P* and, unless `ONLY_SOURCE_SHARED`, u and v (one task's or the mean) from a trained adapter."""
         init, path = config.prompt_tuning_init, str(config.prompt_tuning_init_state_dict_path)
-        tensors = read_source(path)
+        tensors, count = read_source(path), config.num_virtual_tokens
+        if len(tensors["prompt_embeddings"]) == count * config.saved_copies:
+            tensors = {name: each.narrow(self.token_dims[name], 0, count) if name in self.token_dims else each
+                       for name, each in tensors.items()}  # fmt: skip
         _take(self.embedding.weight, tensors["prompt_embeddings"], f"prompt_embeddings of the source {path}")
         if init is MultitaskPromptTuningInit.ONLY_SOURCE_SHARED:
             return
@@ -216,7 +220,7 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
     def task_vectors(self, task: int = 0) -> Tensor:
         """Task `task`'s prompt as one table `[n, d]`, detached: what plain prompt tuning would have saved."""
         tasks, _ = self._distinct(torch.tensor([task]))
-        indices = torch.arange(self.config.total_virtual_tokens, device=tasks.device)[None]
+        indices = torch.arange(self.config.num_virtual_tokens, device=tasks.device)[None]
         return self(indices, tasks)[0]
 
     def output_layer(self) -> None:
