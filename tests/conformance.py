@@ -1,0 +1,223 @@
+"""The cells of the matrix method × family × task, and what every one of them is asked: used by test_conformance.py.
+
+A cell's rows are kept one by one, without padding (`Row`); `collate` makes a padded batch of them. `alone` runs one row
+through the plain formulation, `together` a batch through the library; both give the same names and shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import families
+import naive
+import tiny
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss
+
+from softprompt import METHODS, Embeddings, PromptConfig, SoftPromptModel, get_peft_model
+from softprompt.prompt import KVPrompt
+
+TOKENS = 4  # virtual ones
+LENGTHS = (3, 6)
+WORDS = range(3, tiny.VOCAB - 8)  # without the ids that mean something to a model
+OUTPUTS = {
+    "SEQ_CLS": ("logits",),
+    "QUESTION_ANS": ("start_logits", "end_logits"),
+    "FEATURE_EXTRACTION": ("last_hidden_state",),
+}  # of every other task: logits, one row of them per token
+Outputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method before one head of one family."""
+
+    method: str
+    family: str
+    task: str
+
+    @property
+    def kind(self) -> str:
+        return families.FAMILIES[self.family].kind
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the head reads a sequence of the caller's on the decoder's side."""
+        return self.kind == "encoder-decoder" and self.task in ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+
+    @property
+    def refusal(self) -> str | None:
+        """What the refusal must say where the cell cannot exist."""
+        return families.FAMILIES[self.family].no_keys if issubclass(METHODS[self.method], KVPrompt) else None
+
+    def config(self) -> PromptConfig:
+        task_type = None if self.task == "MASKED_LM" else self.task
+        return METHODS[self.method].config_class(task_type=task_type, num_virtual_tokens=TOKENS)
+
+    def model(self) -> SoftPromptModel:
+        """A new, seeded model with its prompt, in eval mode. UnsupportedError for a cell that cannot exist."""
+        base = families.build(self.family, self.task)
+        torch.manual_seed(1)
+        return get_peft_model(base, self.config()).eval()
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.task}-{self.method}"
+
+
+def cells() -> Iterator[Cell]:
+    """Every cell: each registered method × each family × each head that transformers has for the family."""
+    for name, family in families.FAMILIES.items():
+        for task in family.tasks:
+            for method in METHODS:
+                yield Cell(method, name, task)
+
+
+# ---- rows and batches --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: `ids` `[t]`, and what its task is trained with: one label, a span, or one entry per token."""
+
+    ids: Tensor
+    target: Tensor
+    decoder: Tensor | None = None
+
+
+def rows(cell: Cell, seed: int = 0) -> list[Row]:
+    """Two rows of different lengths; each ends with the end token, which the heads of encoder-decoders look for."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(count: int, choices: range) -> Tensor:
+        return torch.randint(choices.start, choices.stop, (count,), generator=random)
+
+    return [_row(cell, torch.cat([draw(length - 1, WORDS), torch.tensor([tiny.EOS])]), draw) for length in LENGTHS]
+
+
+def _row(cell: Cell, ids: Tensor, draw: Callable[[int, range], Tensor]) -> Row:
+    length, decoder = len(ids), None
+    if cell.decodes:
+        length = len(ids) - 1
+        decoder = draw(length, WORDS)
+    if cell.task == "SEQ_CLS":
+        target = draw(1, range(tiny.LABELS))
+    elif cell.task == "QUESTION_ANS":
+        target = torch.tensor([length // 3, length - 2])
+    elif cell.task == "FEATURE_EXTRACTION":
+        target = torch.randn(length, 32, generator=torch.Generator().manual_seed(length))
+    elif cell.task == "CAUSAL_LM":
+        target = ids.clone()
+    else:
+        target = draw(length, range(tiny.LABELS) if cell.task == "TOKEN_CLS" else WORDS)
+    if target.ndim == 1 and len(target) == LENGTHS[-1]:
+        target[[0, 3]] = -100  # a label that does not count, also for a row's first token
+    return Row(ids, target, decoder)
+
+
+def collate(cell: Cell, some: list[Row], side: str) -> dict[str, Tensor]:
+    """A batch padded on `side`, without its targets."""
+    ids = pad([row.ids for row in some], tiny.PAD, side)
+    mask = pad([torch.ones_like(row.ids) for row in some], 0, side)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if cell.task == "FEATURE_EXTRACTION" and cell.decodes:
+        batch["decoder_input_ids"] = pad([row.decoder for row in some if row.decoder is not None], tiny.PAD, "right")
+    if cell.task == "SEQ_2_SEQ_LM":
+        batch["labels"] = pad([row.target for row in some], -100, "right")
+    return batch
+
+
+def with_targets(cell: Cell, some: list[Row], side: str) -> dict[str, Tensor]:
+    """The batch with what the library needs to return a loss (a body alone has none)."""
+    batch = collate(cell, some, side)
+    if cell.task == "SEQ_CLS":
+        batch["labels"] = torch.cat([row.target for row in some])
+    elif cell.task == "QUESTION_ANS":
+        first = batch["attention_mask"].argmax(1)
+        spans = torch.stack([row.target for row in some]) + first[:, None]
+        batch["start_positions"], batch["end_positions"] = spans.T
+    elif cell.task not in ("FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"):
+        batch["labels"] = pad([row.target for row in some], -100, side)
+    return batch
+
+
+def pad(parts: list[Tensor], filler: int, side: str) -> Tensor:
+    width = max(len(part) for part in parts)
+    full = [part.new_full((width - len(part),), filler) for part in parts]
+    joined = zip(full, parts, strict=True) if side == "left" else zip(parts, full, strict=True)
+    return torch.stack([torch.cat(pair) for pair in joined])
+
+
+# ---- one row alone, and a batch ----------------------------------------------------------------------------------
+
+
+def alone(cell: Cell, model: SoftPromptModel, row: Row) -> Outputs:
+    """The plain formulation's outputs for real tokens `[t, …]`; `first` is the logits at the last virtual token."""
+    prompt, base, ids = model.encoder().prompt(), model.get_base_model(), row.ids[None]
+    more = {}
+    if cell.decodes:
+        more = (
+            {"decoder_input_ids": row.decoder[None]}
+            if cell.task == "FEATURE_EXTRACTION"
+            else {"labels": row.target[None]}
+        )
+    out = naive.run(base, prompt, ids, **more)
+    found = {name: out[name][0] for name in OUTPUTS.get(cell.task, ("logits",))}
+    if isinstance(prompt, Embeddings) and cell.task != "SEQ_CLS" and not naive.encodes_and_decodes(base):
+        in_front = {name: value[: prompt.length] for name, value in found.items()}
+        found = {name: value[prompt.length :] for name, value in found.items()}
+        if cell.task == "CAUSAL_LM":
+            found["first"] = in_front["logits"][-1:]
+    return found
+
+
+def together(cell: Cell, output: Any, some: list[Row], side: str) -> list[Outputs]:
+    """A batch's outputs row by row, real tokens only."""
+    found = []
+    for index, row in enumerate(some):
+        one = {name: output[name][index] for name in OUTPUTS.get(cell.task, ("logits",))}
+        if cell.task != "SEQ_CLS":
+            length = len(row.decoder) if row.decoder is not None else len(row.ids)
+            where = slice(-length, None) if side == "left" and not cell.decodes else slice(0, length)
+            one = {name: value[where] for name, value in one.items()}
+        found.append(one)
+    return found
+
+
+def loss(cell: Cell, outputs: list[Outputs], some: list[Row]) -> Tensor:
+    """The task's loss over real tokens, from outputs row by row."""
+    if cell.task == "FEATURE_EXTRACTION":
+        return mse_loss(
+            torch.cat([each["last_hidden_state"] for each in outputs]), torch.cat([row.target for row in some])
+        )
+    if cell.task == "QUESTION_ANS":
+        parts = [
+            cross_entropy(each[name][None], row.target[at : at + 1])
+            for each, row in zip(outputs, some, strict=True)
+            for at, name in enumerate(OUTPUTS[cell.task])
+        ]
+        return torch.stack(parts).mean()
+    predicted, targets = [], []
+    for each, row in zip(outputs, some, strict=True):
+        scores, target = each["logits"], row.target
+        if cell.task == "CAUSAL_LM":
+            scores, target = (torch.cat([each["first"], scores]), target) if "first" in each else (scores, target[1:])
+            scores = scores[:-1]
+        predicted.append(scores.view(len(target), -1))
+        targets.append(target)
+    return cross_entropy(torch.cat(predicted), torch.cat(targets))
+
+
+def library_loss(cell: Cell, model: SoftPromptModel, some: list[Row], side: str) -> Tensor:
+    """The loss as a user gets it: the model's own, or for a body alone one of the user's on its output."""
+    output = model(**with_targets(cell, some, side))
+    return loss(cell, together(cell, output, some, side), some) if output.get("loss") is None else output.loss
+
+
+@torch.no_grad()
+def flat_outputs(cell: Cell, model: SoftPromptModel) -> dict[str, Tensor]:
+    """A batch's outputs as plain contiguous tensors, to be written and compared."""
+    output = model(**collate(cell, rows(cell), "right"))
+    return {name: output[name].contiguous() for name in OUTPUTS.get(cell.task, ("logits",))}
