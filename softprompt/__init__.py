@@ -1,5 +1,6 @@
 """Soft prompts over frozen Hugging Face models: one frozen model, a few learned vectors per task."""
 
+from softprompt.compose import compose_cartridge_adapters, compose_prefixes
 from softprompt.config import PromptConfig, TaskType
 from softprompt.errors import CheckpointError, ConfigError, DataError, SoftPromptError, UnsupportedError
 from softprompt.initialize import (
@@ -10,6 +11,8 @@ from softprompt.initialize import (
 )
 from softprompt.methods import (
     METHODS,
+    CartridgeConfig,
+    CartridgeEncoder,
     MultitaskPromptEmbedding,
     MultitaskPromptTuningConfig,
     MultitaskPromptTuningInit,
@@ -43,6 +46,8 @@ __version__ = "0.1.0"
 __all__ = [
     "KV",
     "METHODS",
+    "CartridgeConfig",
+    "CartridgeEncoder",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -74,6 +79,8 @@ __all__ = [
     "TaskType",
     "UnsupportedError",
     "__version__",
+    "compose_cartridge_adapters",
+    "compose_prefixes",
     "get_peft_config",
     "get_peft_model",
     "initialize_from_text",

@@ -7,6 +7,7 @@ from typing import Any
 
 from softprompt.config import PromptConfig
 from softprompt.errors import ConfigError
+from softprompt.methods.cartridge import CartridgeConfig, CartridgeEncoder
 from softprompt.methods.multitask_prompt_tuning import (
     MultitaskPromptEmbedding,
     MultitaskPromptTuningConfig,
@@ -35,6 +36,8 @@ def get_peft_config(config_dict: dict[str, Any]) -> PromptConfig:
 
 __all__ = [
     "METHODS",
+    "CartridgeConfig",
+    "CartridgeEncoder",
     "MultitaskPromptEmbedding",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
