@@ -5,12 +5,12 @@ This is exact: the layers see p virtual tokens at positions 0…p−1, as if the
 
 import torch
 
-from softprompt.doors.attention import AttentionDoor
+from softprompt.doors.cache import Door
 from softprompt.geometry import record, word_table
 from softprompt.prompt import KV, Embeddings
 
 
-def fold(door: AttentionDoor, prompt: Embeddings) -> KV:
+def fold(door: Door, prompt: Embeddings) -> KV:
     """Run the virtual tokens `[N, p, d]` through the model's body once, with gradient, and keep what they leave."""
     vectors = prompt.vectors.to(word_table(door.base))
     inputs: dict[str, torch.Tensor] = {"inputs_embeds": vectors}

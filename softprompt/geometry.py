@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt.doors.attention import AttentionDoor, Recording
+from softprompt.doors.cache import CacheDoor, Door, fills_cache
 from softprompt.errors import UnsupportedError
 from softprompt.prompt import Geometry, LayerShape, evaluating
 
@@ -19,7 +20,7 @@ def word_table(base: PreTrainedModel) -> Tensor:
     return weight
 
 
-def record(door: AttentionDoor, inputs: dict[str, Tensor]) -> tuple[Recording, Tensor]:
+def record(door: Door, inputs: dict[str, Tensor]) -> tuple[Recording, Tensor]:
     """Run the model's body (no head) and take down every layer's keys and values; also its first output."""
     recording = Recording()
     with door.open(None, recording):
@@ -27,13 +28,28 @@ def record(door: AttentionDoor, inputs: dict[str, Tensor]) -> tuple[Recording, T
     return recording, output[0]
 
 
+def find_door(base: PreTrainedModel) -> tuple[Door, Geometry]:
+    """The door into a model: its attention, or the cache of a decoder that attends in code of its own."""
+    door = AttentionDoor(base)
+    geometry = probe(door)
+    if geometry.layers or not geometry.causal or not fills_cache(base):
+        return door, geometry
+    through_cache = CacheDoor(base)
+    seen = probe(through_cache)
+    if not seen.layers:
+        return door, geometry
+    with evaluating(base):
+        through_cache.check(_two_plain_ids(base))
+    return through_cache, seen
+
+
 @torch.no_grad()
-def probe(door: AttentionDoor) -> Geometry:
+def probe(door: Door) -> Geometry:
     """Find the model's geometry with two forward passes over two tokens, and tell the door its layers.
 
     Raises UnsupportedError for a model this version has no door for, naming what does work.
     """
-    if door.encoder_decoder:
+    if isinstance(door, AttentionDoor) and door.encoder_decoder:
         return _probe_encoder_decoder(door)
     base = door.base
     ids = _two_plain_ids(base)
@@ -74,15 +90,15 @@ def _probe_encoder_decoder(door: AttentionDoor) -> Geometry:
     )
 
 
-def _geometry(door: AttentionDoor, found: Recording, **facts: Any) -> Geometry:
+def _geometry(door: Door, found: Recording, **facts: Any) -> Geometry:
     """What every kind of model has; also tells the door where positions end."""
     base = door.base
     config = base.config.get_text_config()
     door.position_offset = _position_offset(base)
     context = getattr(config, "max_position_embeddings", None)
-    context = None if context is None else context - door.position_offset
+    context = door.learned_positions if context is None else context - door.position_offset
     learned = _position_table(base) is not None
-    door.learned_positions = context if learned else None
+    door.learned_positions = context if learned else door.learned_positions
     return Geometry(
         layers=tuple(_shape(pair, window) for pair, window in zip(found.layers, found.windows, strict=True)),
         hidden_size=word_table(base).shape[1],  # ELECTRA's embeddings, say, are narrower than its layers
@@ -108,7 +124,7 @@ def _no_prefix(base: PreTrainedModel, found: Recording, causal: bool) -> str:
     return f"{type(base).__name__} does not attend through transformers' AttentionInterface"
 
 
-def _check_positions(door: AttentionDoor, geometry: Geometry) -> None:
+def _check_positions(door: Door, geometry: Geometry) -> None:
     """UnsupportedError where positions that follow the prompt are not all that it changes in a decoder."""
     kind = type(door.base).__name__
     if geometry.causal and geometry.shared_layers:
@@ -116,7 +132,7 @@ def _check_positions(door: AttentionDoor, geometry: Geometry) -> None:
             f"{kind} runs one attention layer several times, which keys and values cannot tell apart yet; use a model "
             "whose layers are all different."
         )
-    if geometry.causal and geometry.layers and not door.takes_positions:
+    if isinstance(door, AttentionDoor) and geometry.causal and geometry.layers and not door.takes_positions:
         raise UnsupportedError(
             f"{kind}.forward takes no position_ids, so real tokens cannot be moved behind a prompt; use a model that "
             "takes them, such as gpt2, llama, mistral, qwen, gemma, opt or gpt_neox."

@@ -13,9 +13,8 @@ from transformers.utils.hub import PushToHubMixin
 
 from softprompt import checkpoint
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
-from softprompt.doors.attention import AttentionDoor
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.geometry import probe, word_table
+from softprompt.geometry import find_door, word_table
 from softprompt.heads import Heads, with_default_heads
 from softprompt.prompt import KV, METHODS, EmbeddingPrompt, Embeddings, SoftPrompt
 from softprompt.prompt import evaluating as _evaluating
@@ -43,8 +42,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
             raise UnsupportedError(
                 f"the base model is a {type(model).__name__}; it must be a transformers PreTrainedModel."
             )
-        door = AttentionDoor(model)
-        geometry = probe(door)
+        door, geometry = find_door(model)
         self.base_model = model
         self.__dict__["door"] = door  # not a submodule, and it refers to the base model
         self.geometry = geometry
@@ -278,7 +276,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         """Put a saved prompt (ours or PEFT's) before `model`. Nothing is changed unless everything fits."""
         checkpoint.check_adapter_name(adapter_name)
         saved = checkpoint.load_adapter(model_id, **_for_hub(hub_options))
-        checkpoint.check_fits(saved, probe(AttentionDoor(model)))
+        checkpoint.check_fits(saved, find_door(model)[1])
         Heads(model).check(saved.config, saved.tensors)
         loaded = cls(model, saved.config, adapter_name)
         loaded._load(adapter_name, saved, is_trainable)

@@ -1,6 +1,7 @@
 """How a prompt reaches a call of the model: which door, by the kind of prompt and of model, never by the method.
 
-- keys and values, and front embeddings folded into them: the attention door (`doors.attention`);
+- keys and values, and front embeddings folded into them: the attention door (`doors.attention`), or the cache door
+  (`doors.cache`) on families that attend in code of their own;
 - embeddings that cannot be folded (encoders, models with a state, slots inside the row), and the last virtual token
   where every token has a label: in the rows (`doors.embedding`);
 - embeddings on encoder-decoders: in the encoder's rows (`doors.encoder`).
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
-from softprompt.doors.attention import AttentionDoor
+from softprompt.doors.cache import Door
 from softprompt.doors.embedding import embed, fill_slots, place
 from softprompt.doors.encoder import cut, open_encoder
 from softprompt.errors import ConfigError, UnsupportedError
@@ -27,7 +28,7 @@ from softprompt.prompt import KV, Embeddings, Geometry
 class Run:
     """One call of a base model with a prompt. `slots` `[B, T]` says where in the rows virtual tokens stand."""
 
-    door: AttentionDoor
+    door: Door
     geometry: Geometry
     prompt: Embeddings | KV
     placement: Placement = Placement.FRONT
@@ -35,7 +36,7 @@ class Run:
 
     @staticmethod
     def of(
-        door: AttentionDoor, geometry: Geometry, config: PromptConfig, prompt: Embeddings | KV, slots: Tensor | None
+        door: Door, geometry: Geometry, config: PromptConfig, prompt: Embeddings | KV, slots: Tensor | None
     ) -> "Run":
         """Raises ConfigError where slots are missing, or given to a prompt that stands elsewhere."""
         placement = config.placement if isinstance(config, EmbeddingConfig) else Placement.FRONT

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from softprompt.doors.attention import BACKENDS, Recording
+from softprompt.doors.attention import BACKENDS, AttentionDoor, Recording
 from softprompt.doors.prefixed_cache import (
     PrefixedCache,
     additive,
@@ -247,6 +247,9 @@ class CacheDoor:
             return run(replay, *args, *tensors, **options)
 
         return checkpointed
+
+
+Door = AttentionDoor | CacheDoor
 
 
 def _with_cache(layer: partial[Any], cache: PrefixedCache) -> Callable[..., Any]:
