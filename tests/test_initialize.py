@@ -270,7 +270,8 @@ def test_a_folded_prompt_serves_the_plain_model(family: str, method: Any, tmp_pa
 
 def test_flat_and_layers_are_the_same_prompt() -> None:
     flat = torch.randn(5, 3 * 2 * 2 * 4)
-    kv = KV.from_flat(flat, layers=3, heads=2)
+    config = PrefixTuningConfig(num_layers=3, num_attention_heads=2, token_dim=8)
+    kv = KV.from_flat(flat, config)
     assert torch.equal(kv.flat(), flat)
     assert torch.equal(kv.layers[1][0][0, 1, 3], flat[3].view(3, 2, 2, 4)[1, 0, 1])
     assert kv.truncate(2).length == 2

@@ -105,12 +105,18 @@ def test_attributes_of_peft(kind: str) -> None:
     assert hasattr(ours, "transform") == hasattr(theirs, "transform")
 
 
-def test_two_submodules_double_the_table_of_embedding_methods_only() -> None:
+def test_two_submodules_double_what_embedding_methods_save_and_nothing_else() -> None:
+    """PEFT writes 2n rows for an encoder-decoder and uses n of them; only those n are trained here."""
     sizes: dict[str, Any] = {**DOCUMENTED, "num_transformer_submodules": 2}
-    assert PromptEmbedding(PromptTuningConfig(**sizes)).embedding.num_embeddings == 14
+    table = PromptEmbedding(PromptTuningConfig(**sizes))
+    assert table.embedding.num_embeddings == 7
+    saved = table.saved_tensors()["prompt_embeddings"]
+    assert torch.equal(saved, torch.cat([table.embedding.weight, table.embedding.weight]))
+    table.load_saved({"prompt_embeddings": torch.arange(14.0)[:, None].expand(14, 24)})
+    assert table.embedding.weight[:, 0].tolist() == list(range(7))
     mlp = PromptEncoder(PromptEncoderConfig(**sizes, encoder_hidden_size=8))
     assert mlp.total_virtual_tokens == 14
-    assert mlp.prompt().vectors.shape == (1, 7, 24)  # the first n rows are the prompt
+    assert mlp.prompt().vectors.shape == (1, 7, 24)
     assert PrefixEncoder(PrefixTuningConfig(**sizes)).embedding.num_embeddings == 7
 
 

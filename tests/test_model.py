@@ -18,12 +18,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from softprompt import (
     CheckpointError,
     ConfigError,
+    PrefixEncoder,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     SoftPromptError,
     SoftPromptModel,
-    UnsupportedError,
     get_peft_model,
 )
 
@@ -704,14 +704,22 @@ def test_a_fold_is_frozen_and_leaves_modes_alone(method: str) -> None:
     assert model.encoder().training
 
 
-def test_layers_of_different_shapes_take_vectors_only() -> None:
-    """Models whose layers differ have no one flat prefix; vectors in front are folded all the same."""
+def test_layers_of_different_shapes_have_a_prefix_each() -> None:
+    """A layer's own heads and sizes are kept in the config, which PEFT has no field for, and in the flat table."""
     from dataclasses import replace
 
     from softprompt.prompt import LayerShape
 
     geometry = make("llama", "prefix").geometry
-    uneven = replace(geometry, layers=(LayerShape(2, 8, 8), LayerShape(1, 16, 16)))
-    with pytest.raises(UnsupportedError, match=r"1 heads of 16/16, 2 heads of 8/8.*prompt_tuning"):
-        uneven.uniform_layer()
-    assert math.isclose(geometry.uniform_layer().key_size, 8)
+    uneven = replace(geometry, layers=(LayerShape(2, 8, 8), LayerShape(1, 16, 12)))
+    config = PrefixEncoder.fill(PrefixTuningConfig(num_virtual_tokens=3), uneven)
+    assert isinstance(config, PrefixTuningConfig)
+    assert config.layer_shapes == [[2, 8, 8], [1, 16, 12]]
+    encoder = PrefixEncoder(config)
+    kv = encoder.prompt()
+    shapes = [tuple(part.shape) for pair in kv.layers for part in pair]
+    assert shapes == [(1, 2, 3, 8), (1, 2, 3, 8), (1, 1, 3, 16), (1, 1, 3, 12)]
+    assert torch.equal(kv.flat(), encoder.embedding.weight)
+    even = PrefixEncoder.fill(PrefixTuningConfig(num_virtual_tokens=3), geometry)
+    assert isinstance(even, PrefixTuningConfig)
+    assert even.layer_shapes is None
