@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from softprompt.errors import DataError
+from softprompt.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,31 @@ class Row:
     values: dict[str, Any]
 
 
-def read_rows(source: str | Path, split: str = "train", limit: int | None = None) -> list[Row]:
-    """All rows of a source (the first `limit`, if given). DataError: unreadable, broken or empty source."""
+def read_rows(source: str | Path, split: str = "train", limit: int | None = None, only: str | None = None) -> list[Row]:
+    """All rows of a source, or those where a column has a value (`only="relation=P19"`); the first `limit` of them.
+
+    DataError: unreadable, broken or empty source, or no row with that value.
+    """
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} rows leaves nothing to read from {source}; give 1 or more")
-    rows = list(islice(_open(str(source), split), limit))
+    opened = _open(str(source), split)
+    rows = list(islice(opened if only is None else _with_value(opened, only), limit))
+    if not rows and only is not None:
+        raise DataError(f"{source} holds no row with {only}; check the column and the value")
     if not rows:
         raise DataError(f"{source} holds no rows; give a file with at least one record")
     return rows
+
+
+def _with_value(rows: Iterator[Row], only: str) -> Iterator[Row]:
+    column, separator, value = only.partition("=")
+    if not separator or not column:
+        raise ConfigError(f"only is {only!r}; write COLUMN=VALUE, such as relation=P19")
+    for row in rows:
+        if column not in row.values:
+            raise DataError(f'{row.where} has no column "{column}"; its columns are {", ".join(map(str, row.values))}')
+        if str(row.values[column]) == value:
+            yield row
 
 
 def _open(source: str, split: str) -> Iterator[Row]:

@@ -222,7 +222,7 @@ def encode_parts(
 def _join(rows: Sequence[Filled], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """Ids and slots of every row at full length; all texts go through the tokenizer in one call."""
     texts = [text for parts, fields in rows for text in _texts(parts, fields, adds_space(tokenizer))]
-    tokens = iter(_ids(tokenizer, texts))
+    tokens = iter(text_ids(tokenizer, texts))
     pad = next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(n, int)), 0)
     joined = []
     for parts, _ in rows:
@@ -253,7 +253,7 @@ def _texts(parts: Sequence[Part], fields: Mapping[str, str], space_added: bool) 
     return texts
 
 
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """`split_special_tokens`: "</s>" in a text is five characters, not the end token."""
     if not texts:
         return []
@@ -270,7 +270,7 @@ def _shortened(parts: Sequence[Part], fields: dict[str, str], over: int, tokeniz
     """`fields` with at least one of them shorter, by about `over` tokens in all."""
     used = dict.fromkeys(piece.name for part in parts if isinstance(part, tuple) for piece in part
                          if isinstance(piece, Field))  # fmt: skip
-    counts = dict(zip(used, map(len, _ids(tokenizer, [fields[name] for name in used])), strict=True))
+    counts = dict(zip(used, map(len, text_ids(tokenizer, [fields[name] for name in used])), strict=True))
     if not any(counts.values()):
         raise DataError(
             f"{where} does not fit: {over} tokens too many without any text in its fields; shorten the template or "
@@ -294,7 +294,7 @@ def _cut(text: str, tokens: int, tokenizer: Any) -> str:
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(_ids(tokenizer, [text[:middle]])[0]) <= tokens else (low, middle - 1)
+        low, high = (middle, high) if len(text_ids(tokenizer, [text[:middle]])[0]) <= tokens else (low, middle - 1)
     start = text[:low]
     if low < len(text) and not text[low].isspace():  # the cut goes through a word
         whole = start[: max(0, *map(start.rfind, " \n\t"))]
