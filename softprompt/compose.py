@@ -81,7 +81,9 @@ def _check(prefixes: Sequence[KV], geometry: Geometry) -> None:
     if not prefixes:
         raise ConfigError("there are no prefixes to compose; give two or more.")
     if not geometry.causal or not geometry.layers:
-        raise UnsupportedError("prefixes are composed for decoders with attention only: elsewhere their tokens stand in no order.")
+        raise UnsupportedError(
+            "prefixes are composed for decoders with attention only: elsewhere their tokens stand in no order."
+        )
     needed = [(layer.heads, layer.key_size, layer.value_size) for layer in geometry.layers]
     for number, prefix in enumerate(prefixes):
         found = [(key.shape[1], key.shape[3], value.shape[3]) for key, value in prefix.layers]

@@ -79,14 +79,29 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Context:
+    """Virtual tokens that stand for a text with answers, which the loss counts too (see `context_loss`).
+
+    `ids` `[p]` are the tokens of the text. `types` `[p]` are multiples of four, ascending, at the answers' tokens. An
+    answer's tokens count `decay` times as much as those of the next.
+    """
+
+    ids: Tensor
+    types: Tensor
+    decay: float
+
+
+@dataclass(frozen=True)
 class Embeddings:
     """A prompt in input space: `vectors` `[N, p, d]`.
 
-    `rows` `[B]` says which of the N prompts each row has; without it there is one for all.
+    `rows` `[B]` says which of the N prompts each row has; without it there is one for all. `context` is set where the
+    prompt is itself a text with answers.
     """
 
     vectors: Tensor
     rows: Tensor | None = None
+    context: Context | None = None
 
     @property
     def length(self) -> int:
