@@ -23,8 +23,10 @@ from softprompt.loading import load_base, load_tokenizer
 from softprompt.model import SoftPromptModel
 from softprompt.recipe import Recipe, require_paths
 from softprompt.train.batches import BatchOrder, batches_per_epoch, rate_factor
-from softprompt.train.build import build_prompt, prompt_config
-from softprompt.train.optimizers import Muon
+from softprompt.train.build import build_prompt, prompt_config, with_source
+from softprompt.train.multitask import Distillation, teacher_prompts
+from softprompt.train.multitask_data import TaskOrder, evaluate_tasks
+from softprompt.train.optimizers import build_optimizer
 from softprompt.train.progress import StopRequest, TrainingProgress
 from softprompt.train.run_data import RunData, context_length, read_source
 from softprompt.train.run_folder import RECIPE, STATE, RunFolder
@@ -35,6 +37,8 @@ FREE_TO_CHANGE = ("out", "save_steps", "samples", "max_new_tokens", "eval_batch_
 
 
 StepHook = Callable[[dict[str, Any]], None]
+LossFunction = Callable[[SoftPromptModel, Mapping[str, Tensor]], tuple[Tensor, dict[str, float]]]
+"""From a model and a batch to the loss, and to its parts by name, which are logged."""
 
 
 def train(
@@ -46,7 +50,7 @@ def train(
     SIGTERM, after saving what ``resume`` needs; ``TrainingError`` when the loss is no longer a number (the best prompt
     so far stays in the folder); ``ConfigError``, ``DataError`` and ``CheckpointError`` for what their names say.
     """
-    recipe = recipe.resolved()
+    recipe = with_source(recipe).resolved()
     require_paths(recipe)
     prompt_config(recipe)  # a wrong method or option is told before anything is loaded
     folder = RunFolder.reopen(recipe.out) if resume else RunFolder.check_free(recipe.out)
@@ -78,6 +82,7 @@ class Trainer:
         tokenizer: PreTrainedTokenizerBase,
         data: RunData,
         console: Console,
+        loss: LossFunction,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
@@ -87,8 +92,9 @@ class Trainer:
         self.console = console
         self.progress = Progress()
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = _optimizer(recipe, model, self.trainable)
-        self.order = BatchOrder(data.lengths, _given(recipe.batch_size), recipe.seed, recipe.group_by_length)
+        self.optimizer = build_optimizer(recipe, model, self.trainable)
+        self.loss = loss
+        self.order = _order(recipe, data)
         self.total = total_steps(recipe, len(data.train))
         self.eval_every = recipe.eval_steps or min(self.order.per_epoch, max(1, math.ceil(self.total / 4)))
         self.device = next(model.parameters()).device
@@ -99,13 +105,14 @@ class Trainer:
         """Read the data, load the model, build the prompt (or take it from ``state``) and open the folder."""
         source = read_source(recipe)
         tokenizer = load_tokenizer(recipe.model)
+        teachers = teacher_prompts(recipe, folder, console)  # their runs come first
         torch.manual_seed(recipe.seed)  # a classification head is drawn while loading
         base = load_base(recipe.model, tokenizer, source.label_names, recipe.dtype, recipe.device)
         model = build_prompt(recipe, base, tokenizer, source.texts(), start=state is None)
         data = source.encode(recipe, tokenizer, context_length(model.geometry, tokenizer))
-        trainer = cls(recipe, folder, model, tokenizer, data, console)
-        folder.make()
-        folder.write_text(RECIPE, recipe.to_yaml())
+        loss = own_loss if teachers is None else Distillation.of(base, teachers, recipe)
+        trainer = cls(recipe, folder, model, tokenizer, data, console, loss)
+        folder.begin(recipe)
         if state is not None:
             trainer.restore(state)
         folder.rewind_metrics(trainer.progress.step or -1)  # a run that stands at 0 measures its start again
@@ -176,7 +183,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self._train_mode()
-        loss = self.model(**{name: value.to(self.device) for name, value in batch.items()}).loss
+        loss, parts = self.loss(self.model, {name: value.to(self.device) for name, value in batch.items()})
         self._must_be_number(loss, "loss", step + 1)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.recipe.clip or math.inf)
@@ -190,6 +197,7 @@ class Trainer:
             "step": step + 1,
             "epoch": round((step + 1) / self.order.per_epoch, 4),
             "loss": float(loss.detach()),
+            **parts,
             "lr": _given(self.recipe.learning_rate) * factor,
             "grad_norm": float(norm),
             "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
@@ -214,6 +222,8 @@ class Trainer:
         with torch.random.fork_rng(devices=devices):
             if self.recipe.task == "SEQ_CLS":
                 return evaluate_accuracy(self.model, self.data.held_out, size, pad_id(self.tokenizer))  # type: ignore[arg-type]
+            if self.data.task_names is not None:
+                return evaluate_tasks(self.model, self.data.held_out, self.data.task_names, size)  # type: ignore[arg-type]
             return evaluate_loss(self.model, self.data.held_out, size)  # type: ignore[arg-type]
 
     def _measure(self, row: dict[str, Any]) -> dict[str, float]:
@@ -296,17 +306,16 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     return max(1, round(recipe.epochs * batches_per_epoch(examples, _given(recipe.batch_size))))
 
 
-def _optimizer(recipe: Recipe, model: SoftPromptModel, trainable: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """The recipe's optimiser, with one group for the prompt and, where a head is trained too, one for the head."""
-    prompt = {id(parameter) for encoder in model.prompt_encoder.values() for parameter in encoder.parameters()}
-    groups = [
-        {"params": [p for p in trainable.values() if (id(p) in prompt) == inside], "peak": _given(rate), "lr": rate}
-        for inside, rate in ((True, recipe.learning_rate), (False, recipe.head_learning_rate))
-    ]
-    groups, decay = [group for group in groups if group["params"]], _given(recipe.weight_decay)
-    if recipe.optimizer == "muon":
-        return Muon(groups, momentum=_given(recipe.beta1), weight_decay=decay)
-    return torch.optim.AdamW(groups, betas=(_given(recipe.beta1), _given(recipe.beta2)), weight_decay=decay)
+def own_loss(model: SoftPromptModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """The task's loss, as the model has it."""
+    return model(**batch).loss, {}
+
+
+def _order(recipe: Recipe, data: RunData) -> BatchOrder | TaskOrder:
+    size = _given(recipe.batch_size)
+    if data.task_names is None:
+        return BatchOrder(data.lengths, size, recipe.seed, recipe.group_by_length)
+    return TaskOrder([row.task for row in data.train], size, recipe.seed)  # type: ignore[union-attr, misc]
 
 
 def _rank(scores: Mapping[str, float]) -> tuple[float, float]:
@@ -315,7 +324,8 @@ def _rank(scores: Mapping[str, float]) -> tuple[float, float]:
 
 
 def _prefixed(prefix: str, scores: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}_{name}": value for name, value in scores.items() if name in ("loss", "accuracy")}
+    shown = (name for name in scores if name in ("loss", "accuracy") or name.startswith("loss_"))
+    return {f"{prefix}_{name}": scores[name] for name in shown}
 
 
 def _given(value: Any) -> Any:

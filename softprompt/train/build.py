@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt import initialize_from_text
+from softprompt.checkpoint import load_config
 from softprompt.config import PromptConfig
 from softprompt.errors import ConfigError
-from softprompt.methods import METHODS
+from softprompt.methods import METHODS, MultitaskPromptTuningConfig
 from softprompt.model import SoftPromptModel, get_peft_model
+from softprompt.prompt import SoftPrompt
 from softprompt.recipe import Recipe, did_you_mean, options_for
 from softprompt.train.run_data import starting_text, vocabulary_text
 
@@ -25,7 +28,41 @@ def prompt_config(recipe: Recipe) -> PromptConfig:
     config_class = METHODS[recipe.method].config_class
     options = options_for(config_class, recipe.method_options, reserved=_RECIPE_SETS)
     assert recipe.num_virtual_tokens is not None
+    options |= _task_options(recipe, METHODS[recipe.method])
     return config_class(task_type=recipe.task, num_virtual_tokens=recipe.num_virtual_tokens, **options)
+
+
+def _task_options(recipe: Recipe, method: type[SoftPrompt]) -> dict[str, Any]:
+    """What several tasks, or a start from a prompt of several, say about the config."""
+    if (recipe.tasks or recipe.source) and not method.task_parameters:
+        fitting = ", ".join(name for name, each in METHODS.items() if each.task_parameters)
+        raise ConfigError(f"{method.name} serves one task alone; for tasks or a source use method: {fitting}")
+    if recipe.tasks:
+        return {"num_tasks": len(recipe.tasks), "task_names": list(recipe.tasks)}
+    if recipe.source is None:
+        return {}
+    chosen = {"prompt_tuning_init": "AVERAGE_SOURCE_TASKS", "prompt_tuning_init_state_dict_path": recipe.source}
+    if recipe.source_task is not None:
+        number = source_config(recipe.source).task_number(recipe.source_task)
+        chosen |= {"prompt_tuning_init": "EXACT_SOURCE_TASK", "prompt_tuning_init_task": number}
+    return chosen
+
+
+def with_source(recipe: Recipe) -> Recipe:
+    """The recipe with the sizes of the prompt it starts from, where it starts from one and does not say."""
+    if recipe.source is None:
+        return recipe
+    config, options = source_config(recipe.source), recipe.method_options
+    tokens = recipe.num_virtual_tokens or config.num_virtual_tokens
+    return recipe.replace(num_virtual_tokens=tokens, method_options={"num_ranks": config.num_ranks, **options})
+
+
+def source_config(source: str) -> MultitaskPromptTuningConfig:
+    """The config of a prompt of several tasks in a folder. ``ConfigError`` if it is another prompt."""
+    config = load_config(source)
+    if not isinstance(config, MultitaskPromptTuningConfig):
+        raise ConfigError(f"source {source} is a {config.peft_type} prompt of one task; give one of several tasks")
+    return config
 
 
 def build_prompt(

@@ -127,7 +127,8 @@ def _summary(trainer: Trainer, result: RunResult) -> dict[str, Any]:
 def generate_command(recipe: Recipe, text: str = "…") -> str:
     """The shell command that uses a run's prompt."""
     model = "" if recipe.model == "embedded" else f" --model {shlex.quote(recipe.model)}"
-    return f"softprompt generate{model} --prompt {shlex.quote(recipe.out)} --input {shlex.quote(text)}"
+    task = f" --task {shlex.quote(next(iter(recipe.tasks)))}" if recipe.tasks else ""
+    return f"softprompt generate{model} --prompt {shlex.quote(recipe.out)}{task} --input {shlex.quote(text)}"
 
 
 def _norms(model: SoftPromptModel) -> list[tuple[float, float]]:

@@ -6,11 +6,14 @@ gains most. torch.optim.Muon takes matrices only, so an encoder's biases would n
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from softprompt.model import SoftPromptModel
+from softprompt.recipe import Recipe
 
 # Newton–Schulz: five rounds of s → as + bs³ + cs⁵ bring every singular value in (0, 1] close to 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -57,3 +60,26 @@ class Muon(torch.optim.Optimizer):
         if ahead.ndim != 2:
             return ahead * (math.sqrt(ahead.numel()) / (ahead.norm() + 1e-20))
         return orthogonalized(ahead) * math.sqrt(max(ahead.shape))
+
+
+def build_optimizer(
+    recipe: Recipe, model: SoftPromptModel, trainable: Mapping[str, nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The recipe's optimiser.
+
+    One group for the prompt and, where there is such a thing, one for what each of several tasks has of its own and one
+    for a head.
+    """
+    assert recipe.beta1 is not None and recipe.beta2 is not None  # the recipe is resolved
+    encoder = model.encoder()
+    own = {id(parameter): "task" for name, parameter in encoder.named_parameters() if name in encoder.task_parameters}
+    kinds = {id(parameter): "prompt" for parameter in encoder.parameters()} | own
+    rates = {"prompt": recipe.learning_rate, "task": recipe.task_learning_rate, "head": recipe.head_learning_rate}
+    groups = [
+        {"params": [p for p in trainable.values() if kinds.get(id(p), "head") == kind], "peak": rate, "lr": rate}
+        for kind, rate in rates.items()
+    ]
+    groups, decay = [group for group in groups if group["params"]], recipe.weight_decay or 0.0
+    if recipe.optimizer == "muon":
+        return Muon(groups, momentum=recipe.beta1, weight_decay=decay)
+    return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), weight_decay=decay)

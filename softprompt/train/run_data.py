@@ -33,12 +33,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunData:
-    """``shown`` are held-out examples (training ones if there are no others) for the report's samples."""
+    """``shown`` are held-out examples (training ones if there are no others) for the report's samples.
+
+    ``task_names`` is set where there are several tasks; then every row says which it belongs to.
+    """
 
     train: Sequence[Encoded] | Sequence[EncodedLabel]
     held_out: Sequence[Encoded] | Sequence[EncodedLabel]
     shown: Sequence[Example] | Sequence[LabelledExample]
     label_names: list[str] | None = None
+    task_names: list[str] | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -51,7 +55,8 @@ class RunData:
             digest.update(b"part")
             for row in part:
                 labels = row.labels if isinstance(row, Encoded) else [row.label]
-                digest.update(repr((row.input_ids, labels)).encode())
+                task = () if isinstance(row, EncodedLabel) or row.task is None else (row.task,)
+                digest.update(repr((row.input_ids, labels, *task)).encode())
         return digest.hexdigest()
 
 
@@ -84,10 +89,10 @@ class TextSource(Source):
         return cls(train, load_examples(recipe.eval, *columns, split="validation") if recipe.eval else [])
 
     def texts(self) -> list[str]:
-        return [_as_text(example) for example in self.train]
+        return [as_text(example) for example in self.train]
 
     def encode(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> RunData:
-        length = _row_length(recipe, context)
+        length = row_length(recipe, context)
         pairs = _spread(expand(self.held_out), recipe.eval_limit or EVAL_PAIRS)
         shown = _spread(self.held_out or self.train, recipe.samples)
         return RunData(encode_all(self.train, tokenizer, length), encode_all(pairs, tokenizer, length), shown)
@@ -115,7 +120,7 @@ class LabelSource(Source):
         return [example.text for example in self.train]
 
     def encode(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> RunData:
-        length = _row_length(recipe, context)
+        length = row_length(recipe, context)
         held_out = _spread(self.held_out, recipe.eval_limit or len(self.held_out))
         shown = _spread(self.held_out or self.train, recipe.samples)
         train, scored = (encode_labels(part, tokenizer, length) for part in (self.train, held_out))
@@ -124,6 +129,10 @@ class LabelSource(Source):
 
 def read_source(recipe: Recipe) -> Source:
     """Read the files of a recipe, in the form that its task needs."""
+    if recipe.tasks:
+        from softprompt.train.multitask_data import TaskSource  # here because that module builds on this one
+
+        return TaskSource.read(recipe)
     return LabelSource.read(recipe) if recipe.task == "SEQ_CLS" else TextSource.read(recipe)
 
 
@@ -156,7 +165,7 @@ def vocabulary_text(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) 
             return text
 
 
-def _as_text(example: Example) -> str:
+def as_text(example: Example) -> str:
     if example.messages:
         return "\n".join(turn["content"] for turn in example.messages)
     return example.input + example.border + example.targets[0]
@@ -168,7 +177,7 @@ def _count(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
     return len(ids)
 
 
-def _row_length(recipe: Recipe, context: int) -> int:
+def row_length(recipe: Recipe, context: int) -> int:
     """How many real tokens a row may have."""
     room = context - (recipe.num_virtual_tokens or 0)
     return min(recipe.max_length or room, room)

@@ -4,6 +4,7 @@ adapter_config.json, adapter_model.safetensors   the best prompt so far (readabl
 recipe.yaml      the recipe as run                metrics.jsonl   one JSON object per logged step
 samples.json     answers before and after         summary.json    numbers, versions, nearest tokens
 report.html      all of it to look at             checkpoint/     what --resume needs
+teachers/        of a run of several tasks: each one's plain prompt, a run folder too
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from softprompt.errors import CheckpointError, ConfigError, TrainingError
+from softprompt.recipe import Recipe
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -50,6 +52,11 @@ class RunFolder:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise ConfigError(f"the run folder {folder} is not writable (at {nearest}); choose another `out`")
         return cls(folder)
+
+    def begin(self, recipe: Recipe) -> None:
+        """Make the folder, with the recipe in it."""
+        self.make()
+        self.write_text(RECIPE, recipe.to_yaml())
 
     def make(self) -> None:
         try:
@@ -148,7 +155,7 @@ def remove_run(path: str | Path) -> None:
     folder = Path(path)
     if not folder.exists():
         return
-    ours = {RECIPE, METRICS, SAMPLES, SUMMARY, REPORT, "checkpoint", "README.md"}
+    ours = {RECIPE, METRICS, SAMPLES, SUMMARY, REPORT, "checkpoint", "teachers", "README.md"}
     ours |= {"adapter_config.json", "adapter_model.safetensors", "encoder.safetensors"}
     strangers = sorted(
         item.name for item in folder.iterdir() if item.name not in ours and not item.name.endswith(".tmp")
