@@ -55,9 +55,11 @@ def probe(door: Door) -> Geometry:
     ids = _two_plain_ids(base)
     with evaluating(base):
         first, hidden = record(door, {"input_ids": ids})
+        door.bind(first.modules, [], [])
+        if not first.modules:  # the door now leaves the model alone
+            _, hidden = record(door, {"input_ids": ids})
         _, other = record(door, {"input_ids": ids[:, [0, 0]]})
     causal = _same(hidden[0, 0], other[0, 0])
-    door.bind(first.modules, [], [])
     foldable = causal and not base._is_stateful and len(first.modules) >= _number_of_layers(base)
     geometry = _geometry(door, first, causal=causal, foldable=foldable, no_prefix=_no_prefix(base, first, causal))
     _check_positions(door, geometry)
