@@ -196,8 +196,8 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
     ) -> Any:
         """As the base model's `forward`; `position_ids` and `past_key_values` count real tokens only.
 
-        `task_ids` `[B]` chooses each row's task of a multitask prompt. `slots` `[B, T]` says which virtual token (0…p−1)
-        stands in a column instead of its id, −1 for ordinary tokens, where the prompt's placement is a template.
+        `task_ids` `[B]` chooses each row's task of a multitask prompt. `slots` `[B, T]`, for a prompt whose placement
+        is a template, says which virtual token (0…p−1) stands in a column instead of its id; −1 is an ordinary token.
         The loss of a language model also counts a row's first real token (predicted by the last virtual token of an
         embedding method) where its label is not −100. With a label for every token no cache is returned.
         """

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from softprompt.config import EmbeddingConfig, KVConfig, PromptConfig, TaskType
+from softprompt.config import KVConfig, PromptConfig, TaskType
 from softprompt.errors import ConfigError, UnsupportedError
 
 METHODS: "dict[str, type[SoftPrompt]]" = {}
@@ -316,9 +316,7 @@ class SoftPrompt(nn.Module, ABC):
 
 
 class EmbeddingPrompt(SoftPrompt):
-    """Base of the methods whose prompt lives in input space."""
-
-    config: EmbeddingConfig
+    """Base of the methods whose prompt lives in input space; their configs are `EmbeddingConfig`s."""
 
     @classmethod
     def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
@@ -331,9 +329,7 @@ class EmbeddingPrompt(SoftPrompt):
 
 
 class KVPrompt(SoftPrompt):
-    """Base of the methods whose prompt is keys and values; `width` is Σ h·(k+v) over the layers."""
-
-    config: KVConfig
+    """Base of the methods whose prompt is keys and values; `width` is Σ h·(k+v), and configs are `KVConfig`s."""
 
     @classmethod
     def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
@@ -356,6 +352,7 @@ class KVPrompt(SoftPrompt):
 
     def prompt(self, task_ids: Tensor | None = None) -> KV:
         refuse_tasks(self, task_ids)
+        assert isinstance(self.config, KVConfig)
         return KV.from_flat(self.all_vectors(), self.config)
 
 

@@ -77,15 +77,15 @@ class Run:
         """The model's output over real tokens, on keyword inputs that were given."""
         if self.geometry.encoder_decoder:
             return self._forward_encoder_decoder(inputs)
-        if self.folds and self.geometry.causal and not (self.geometry.foldable and labels_tokens(inputs)):
+        if not self.geometry.causal or labels_tokens(inputs):
+            return self._forward_rows(inputs)
+        if self.folds:
             with self.door.open(self.as_kv()):
                 return self.base(**inputs)
-        if isinstance(self.prompt, Embeddings) and self.geometry.causal and not self.geometry.foldable:
-            return self._forward_state(inputs)
-        return self._forward_rows(inputs)
+        return self._forward_open_rows(inputs)
 
     def _forward_rows(self, inputs: dict[str, Any]) -> Any:
-        """Where a row's own columns matter: on encoders (heads read column 0), slots, and a label for every token."""
+        """Where a row's own columns matter: on encoders (heads read column 0), and with a label for every token."""
         causal = self.geometry.causal
         if causal and not packed(inputs):
             inputs = with_mask(inputs)
@@ -105,8 +105,6 @@ class Run:
                 inputs = {name: value for name, value in inputs.items() if name != "input_ids"}
                 inputs["inputs_embeds"] = fill_slots(embedded, vectors, self.slots)
                 vectors = embedded = None
-        if self.slots is not None and geometry.causal and padding == "right":
-            return inputs, place({"input_ids": self.slots}, None, None)[1]  # rows stay as they are
         return place(
             inputs,
             None if vectors is None or embedded is None else vectors.per_row(embedded.shape[0]),
@@ -134,8 +132,8 @@ class Run:
         last = Embeddings(prompt.vectors[:, -1:], prompt.rows)
         return fold(self.door, before) if before.length else None, last
 
-    def _forward_state(self, inputs: dict[str, Any]) -> Any:
-        """A model that keeps a state: padding first, then the prompt, then the row, so that the state can be kept."""
+    def _forward_open_rows(self, inputs: dict[str, Any]) -> Any:
+        """Rows of a causal model that may go on: padding first, then the prompt and the row, as a cache needs them."""
         prompt = self.prompt
         assert isinstance(prompt, Embeddings)
         if cached(inputs):
@@ -190,8 +188,10 @@ class Run:
             raise ConfigError("this prompt stands inside the rows, so generate cannot start from a cache; pass none.")
         mask = inputs.get("attention_mask")
         if mask is None:
-            inputs["attention_mask"] = mask = _mask_of(self.base, inputs, kwargs)
-        rows = {name: inputs[name] for name in ("input_ids", "inputs_embeds", "attention_mask") if inputs.get(name) is not None}
+            mask = _mask_of(self.base, inputs, kwargs)
+            inputs["attention_mask"] = mask = mask if self.slots is None else mask | (self.slots >= 0).to(mask)
+        names = ("input_ids", "inputs_embeds", "attention_mask")
+        rows = {name: inputs[name] for name in names if inputs.get(name) is not None}
         if "inputs_embeds" in rows:
             rows.pop("input_ids", None)
         assert isinstance(self.prompt, Embeddings)

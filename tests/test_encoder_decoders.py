@@ -152,7 +152,7 @@ def test_each_prefix_reaches_its_attention(
     assert (out - bare).abs().max() > 1e-4
 
 
-class by_hand:  # noqa: N801 – used as a statement
+class by_hand:
     """Eager attention of every layer replaced: prefix keys concatenated, T5's bias looked up at −p…−1."""
 
     def __init__(self, model: SoftPromptModel, prompt: KV, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,9 @@ class by_hand:  # noqa: N801 – used as a statement
         for handle in self.handles:
             handle.remove()
 
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> Any:
         queries, keys = query.shape[2], key.shape[2]
         scores = query @ key.transpose(2, 3) * options.get("scaling", 1.0)
         if options.get("position_bias") is not None:
@@ -209,7 +211,10 @@ class by_hand:  # noqa: N801 – used as a statement
             return 0.0
         relative = torch.arange(-count, 0)[None] - torch.arange(queries)[:, None]
         bucket = module._relative_position_bucket(
-            relative, not module.is_decoder, module.relative_attention_num_buckets, module.relative_attention_max_distance
+            relative,
+            not module.is_decoder,
+            module.relative_attention_num_buckets,
+            module.relative_attention_max_distance,
         )
         return own[0].relative_attention_bias(bucket).permute(2, 0, 1)[None]
 

@@ -58,14 +58,16 @@ def embed(inputs: dict[str, Any], table: Any) -> Tensor:
 
 
 def fill_slots(embedded: Tensor, prompt: Embeddings, slots: Tensor) -> Tensor:
-    """`embedded` `[B, T, d]` with the prompt's vectors where `slots` `[B, T]` is their index (−1: an ordinary token)."""
+    """`embedded` `[B, T, d]` with the prompt's vectors where `slots` `[B, T]` has their index (−1: a plain token)."""
     vectors = prompt.per_row(embedded.shape[0]).to(embedded)
     if slots.shape != embedded.shape[:2]:
-        raise ConfigError(f"slots have shape {tuple(slots.shape)}, the rows {tuple(embedded.shape[:2])}; give one each.")
+        raise ConfigError(
+            f"slots have shape {tuple(slots.shape)}, the rows {tuple(embedded.shape[:2])}; give one each."
+        )
     if int(slots.max()) >= prompt.length or int(slots.min()) < -1:
         raise ConfigError(
-            f"slots go from {int(slots.min())} to {int(slots.max())}, but the prompt has {prompt.length} virtual tokens; "
-            "use −1 for ordinary tokens and 0 to p−1 for virtual ones."
+            f"slots go from {int(slots.min())} to {int(slots.max())}, but the prompt has {prompt.length} virtual "
+            "tokens; use −1 for ordinary tokens and 0 to p−1 for virtual ones."
         )
     chosen = take(vectors, slots.clamp(min=0).to(vectors.device), 1)
     return torch.where(slots[..., None].to(vectors.device) >= 0, chosen, embedded)
@@ -153,7 +155,7 @@ def _positions_after_first(positions: Tensor, count: int, real: Tensor) -> Tenso
 def _follow_order(name: str, value: Any, order: Tensor) -> Any:
     """A per-token input in its new order; anything else as it is."""
     width = order.shape[1]
-    if name == "attention_mask" and isinstance(value, Tensor) and value.ndim == 4 and value.shape[-2:] == (width, width):
+    if name == "attention_mask" and isinstance(value, Tensor) and value.shape[2:] == (width, width):
         return take(take(value, order, 2), order, 3)
     return take(value, order, 1) if _per_token(name, value, width) or name == "input_ids" else value
 
