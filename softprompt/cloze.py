@@ -19,11 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.data.cloze import ClozeExample
 from softprompt.errors import ConfigError, UnsupportedError
+from softprompt.recipe import ANSWER_LOSSES, WORD_SCORES
 from softprompt.template import Answer, Template, TemplateRow, collate_rows, encode_rows
 from softprompt.template.encode import sentinel_id
-from softprompt.verbalizer import WORD_SCORES, Verbalizer, WordTable
+from softprompt.verbalizer import Verbalizer, WordTable
 
-ANSWER_LOSSES = ("labels", "vocabulary")
 CHUNK = 64  # sequences per forward pass
 
 

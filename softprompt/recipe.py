@@ -24,8 +24,10 @@ from softprompt.errors import ConfigError
 
 EMBEDDED = "embedded"  # the name under which a recipe asks for the model that ships inside the package
 
-TASKS = ("CAUSAL_LM", "SEQ_CLS")
+TASKS = ("CAUSAL_LM", "SEQ_CLS", "CLOZE")
 INITS = ("random", "vocab", "text", "examples")
+WORD_SCORES = ("sum", "mean")
+ANSWER_LOSSES = ("labels", "vocabulary")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -46,10 +48,29 @@ class Recipe:
     out: str = _help("folder of the run; new or empty", "")
     model: str = _help("base model: a folder, a hub name, or 'embedded' for the one in this package", EMBEDDED)
     method: str = _help("how the prompt is made; `softprompt methods` lists them", "prefix_tuning")
-    task: str = _help("CAUSAL_LM (write the target) or SEQ_CLS (choose a label)", "CAUSAL_LM")
+    task: str = _help(
+        "CAUSAL_LM (write the target), SEQ_CLS (choose a label with a classifier) or CLOZE (with a word)", "CAUSAL_LM"
+    )
     eval: str | None = _help("held-out data, same form as the training data")
 
-    template: str | None = _help("how a row becomes text, e.g. '{mr} => {ref}'; the last field is the target")
+    only: str | None = _help("use only rows where a column has a value, e.g. relation=P19")
+
+    template: str | None = _help(
+        "how a row becomes text, e.g. '{mr} => {ref}'; the last field is the target, [P*3] are virtual tokens, and in "
+        "CLOZE the answer stands at [MASK] or the end"
+    )
+    verbalizer: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "CLOZE: the word, or a list of words, that stands for each label"}
+    )
+    candidates: str | None = _help(
+        "CLOZE without a verbalizer: the words to choose from, those of the training data (train), of all data (data), "
+        "or a .txt file"
+    )
+    word_score: str | None = _help("score of a word of several tokens: the sum or the mean of their log-probabilities")
+    answer_loss: str | None = _help(
+        "CLOZE trains on the answer's probability among the labels, or in the whole vocabulary; default: labels with a "
+        "verbalizer, vocabulary with candidates"
+    )
     input_column: str | None = _help("column of the input, when there is no template")
     target_column: str | None = _help("column of the target or label, when there is no template")
     train_limit: int | None = _help("use only the first N training examples")
@@ -83,6 +104,7 @@ class Recipe:
     eval_batch_size: int = _help("examples per evaluation batch", 32)
     learning_rate: float | None = _help("peak learning rate of the prompt")
     head_learning_rate: float | None = _help("peak learning rate of a classification head")
+    base_learning_rate: float | None = _help("tune the base model too, with this peak learning rate; default: frozen")
     task_learning_rate: float | None = _help("peak learning rate of what each of several tasks has of its own")
     schedule: str | None = _help("decay after the warm-up: linear, cosine or constant")
     warmup: float | None = _help("share of the steps over which the learning rate rises, 0 to 1")
@@ -106,6 +128,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kind in _field_types().items():
             object.__setattr__(self, name, checked(name, getattr(self, name), kind))
+        if self.verbalizer:
+            from softprompt.recipe_cloze import plain_labels  # here because that module builds on this one
+
+            object.__setattr__(self, "verbalizer", plain_labels(self.verbalizer))
         _check_choices(self)
         _check_ranges(self)
         _check_combinations(self)
@@ -151,6 +177,9 @@ class Recipe:
         elif self.init is None and (self.source or any("init" in name for name in self.method_options)):
             changes["init"] = "random"  # the method's own option decides
         changes["method_options"] = {**table.method_options, **self.method_options}
+        from softprompt.recipe_cloze import template_settings  # here because that module builds on this one
+
+        changes.update(template_settings(self))
         return self.replace(**changes)
 
 
@@ -189,7 +218,7 @@ def checked(name: str, value: Any, kind: Any) -> Any:
         return None
     wanted = next(option for option in options if option is not type(None))
     if typing.get_origin(wanted) is dict:
-        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        if isinstance(value, Mapping) and (name == "verbalizer" or all(isinstance(key, str) for key in value)):
             return dict(value)
     elif wanted is float:
         number = _as_float(value)
@@ -215,7 +244,15 @@ def _as_float(value: Any) -> float | None:
 
 
 def _check_choices(recipe: Recipe) -> None:
-    choices = {"task": TASKS, "init": INITS, "schedule": SCHEDULES, "optimizer": OPTIMIZERS, "dtype": DTYPES}
+    choices = {
+        "task": TASKS,
+        "init": INITS,
+        "word_score": WORD_SCORES,
+        "answer_loss": ANSWER_LOSSES,
+        "schedule": SCHEDULES,
+        "optimizer": OPTIMIZERS,
+        "dtype": DTYPES,
+    }
     for name, allowed in choices.items():
         value = getattr(recipe, name)
         if value is not None and value not in allowed:
@@ -238,7 +275,14 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: value >= 1, "at least 1"),
     ),
     **dict.fromkeys(
-        ("epochs", "learning_rate", "head_learning_rate", "task_learning_rate", "temperature"),
+        (
+            "epochs",
+            "learning_rate",
+            "head_learning_rate",
+            "base_learning_rate",
+            "task_learning_rate",
+            "temperature",
+        ),
         (lambda value: value > 0, "greater than 0"),
     ),
     **dict.fromkeys(
@@ -263,10 +307,13 @@ def _check_combinations(recipe: Recipe) -> None:
         raise ConfigError("init is 'text' but init_text is empty; give the text to start from")
     if recipe.init_text and recipe.init not in (None, "text"):
         raise ConfigError(f"init_text is set but init is {recipe.init!r}; use init: text, or drop init_text")
-    if recipe.template and (recipe.input_column or recipe.target_column):
+    if recipe.template and (recipe.input_column or (recipe.target_column and recipe.task != "CLOZE")):
         raise ConfigError("both a template and input_column/target_column are set; give one of the two")
-    from softprompt.tasks import check_tasks  # here because that module builds on this one
+    from softprompt.recipe_cloze import check_base_rate, check_cloze  # here because these modules build on this one
+    from softprompt.tasks import check_tasks
 
+    check_cloze(recipe)
+    check_base_rate(recipe)
     check_tasks(recipe)
 
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from softprompt.errors import ConfigError, DataError
 from softprompt.template.encode import adds_space, text_ids
 
-WORD_SCORES = ("sum", "mean")
-
 
 @final
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def test_yaml_scientific_notation_is_a_number(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"learning_rat": 0.1}, r"unknown setting 'learning_rat'; did you mean 'learning_rate'\?"),
-        ({"zzz": 1}, "unknown setting 'zzz'; known are base_dropout, batch_size"),
+        ({"zzz": 1}, "unknown setting 'zzz'; known are answer_loss, base_dropout"),
         ({"steps": "many"}, "steps is 'many'; it must be a whole number"),
         ({"steps": True}, "steps is True; it must be a whole number"),
         ({"steps": 1.5}, "steps is 1.5; it must be a whole number"),
