@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig, TaskType
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.prompt import Context, EmbeddingPrompt, Embeddings, Geometry, need_count
+from softprompt.geometry import Geometry
+from softprompt.prompt import Context, EmbeddingPrompt, Embeddings, need_count
 
 WEIGHTED_LOSSES = ("none", "decay")
 REFERENCE_WIDTH = 2048  # the model width that the radii are given for
@@ -54,7 +55,9 @@ class CPTConfig(EmbeddingConfig):
             )
         self._set("task_type", TaskType.CAUSAL_LM)
         if self.placement is not Placement.FRONT:
-            raise ConfigError(f"placement={str(self.placement)!r}: a context stands in front of the text; leave it unset.")
+            raise ConfigError(
+                f"placement={str(self.placement)!r}: a context stands in front of the text; leave it unset."
+            )
         if self.opt_weighted_loss_type not in WEIGHTED_LOSSES:
             known = " or ".join(WEIGHTED_LOSSES)
             raise ConfigError(f"opt_weighted_loss_type={self.opt_weighted_loss_type!r} is not known; use {known}.")
@@ -79,9 +82,13 @@ class CPTConfig(EmbeddingConfig):
             if any(type(value) is not int or value < 0 for value in values):
                 raise ConfigError(f"{name} holds {values}; its entries are whole numbers from 0 up.")
             if len(values) != count:
-                raise ConfigError(f"{name} has {len(values)} entries, but cpt_token_ids has {count}; give one per token.")
+                raise ConfigError(
+                    f"{name} has {len(values)} entries, but cpt_token_ids has {count}; give one per token."
+                )
         if not self.inference_mode and 0 in (self.cpt_mask or []):
-            raise ConfigError("cpt_mask has a 0, but a context has no padding (PEFT would use it); leave those tokens out.")
+            raise ConfigError(
+                "cpt_mask has a 0, but a context has no padding (PEFT would use it); leave those tokens out."
+            )
 
 
 @final
@@ -109,6 +116,7 @@ class CPTEmbedding(EmbeddingPrompt):
 
     name = "cpt"
     config_class = CPTConfig
+    config: CPTConfig
     embedding: FrozenTable
     centre: Tensor
     radii: Tensor
@@ -117,7 +125,7 @@ class CPTEmbedding(EmbeddingPrompt):
         super().__init__()
         need_count(config, "token_dim")
         assert config.token_dim is not None
-        self.config: CPTConfig = config
+        self.config = config
         rows, width = config.num_virtual_tokens, config.token_dim
         self.embedding = FrozenTable(rows, width)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.delta_embedding = nn.Embedding(rows, width)

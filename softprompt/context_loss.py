@@ -1,0 +1,121 @@
+"""The loss of a prompt that is itself a text with answers: the row's labels, and the answers in the prompt.
+
+L = 1/N · Σ w_i · CE(x_i), over the N label tokens of all rows, those in the prompt counted in each row; w = γ^j for the
+j-th answer from the end, the row's own being the last (CPT, https://arxiv.org/abs/2410.17222, section 3.3).
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from softprompt.errors import ConfigError
+from softprompt.fold import fold_and_predict
+from softprompt.inputs import labels_tokens, packed, with_mask, without_cache
+from softprompt.prompt import Context, Embeddings
+
+if TYPE_CHECKING:
+    from softprompt.running import Run
+
+KINDS = 4  # a token's type modulo this is its kind; 0 is an answer
+
+
+def forward_with_context(run: "Run", prompt: Embeddings, inputs: dict[str, Any]) -> Any:
+    """The model's output over real tokens, its loss with the context's answers in it.
+
+    `input_type_mask` `[B, T]`, where it is given, says which of the row's tokens are answers; else all are that have a
+    label. ConfigError for rows of several sequences, and for labels that do not begin with the row.
+    """
+    assert prompt.context is not None
+    inputs = dict(inputs)
+    types, labels = inputs.pop("input_type_mask", None), inputs.get("labels")
+    plain = replace(run, prompt=replace(prompt, context=None))
+    if labels is None:
+        return plain.forward(inputs)
+    if not labels_tokens(inputs) or packed(inputs):
+        raise ConfigError(
+            "this prompt's loss takes one whole sequence per row, with a label for every token and no cache; give the "
+            "rows an attention_mask, and leave past_key_values out."
+        )
+    if types is not None and types.shape != labels.shape:
+        raise ConfigError(
+            f"input_type_mask has shape {tuple(types.shape)}, labels {tuple(labels.shape)}; give one each."
+        )
+    del inputs["labels"]
+    items = inputs.pop("num_items_in_batch", None)
+    inputs = without_cache(with_mask(inputs, always=True))
+    kv, before, in_rows = None, None, prompt
+    if plain.folds and prompt.length > 1:
+        kv, before = fold_and_predict(run.door, Embeddings(prompt.vectors[:, :-1]))
+        in_rows = Embeddings(prompt.vectors[:, -1:])
+    inputs, placement = plain._placed(inputs, in_rows, "right")
+    with run.door.open(kv):
+        output = run.base(**inputs)
+    output.loss = context_loss(prompt.context, before, output.logits, placement.columns, labels, types, items)
+    return placement.restore(output)
+
+
+def context_loss(
+    context: Context,
+    before: Tensor | None,
+    logits: Tensor,
+    columns: Tensor,
+    labels: Tensor,
+    types: Tensor | None = None,
+    items: Tensor | int | None = None,
+) -> Tensor:
+    """The loss, a scalar.
+
+    `logits` `[B, n+T, V]`: of the n virtual tokens that stand in the rows, then of the row, whose tokens are at
+    `columns` `[B, T]`; `before` `[1, p−1, V]` those of all virtual tokens but the last, where they are not in the rows.
+    With `items`, the labels of all rows of one step, the result is these rows' share of the step's mean.
+    """
+    rows, count = labels.shape[0], len(context.ids)
+    kinds, types = _joined(context, labels, types)
+    weights = answer_weights(kinds, context.decay)
+    of_prompt, of_row = weights[:, :count].expand(rows, -1), weights[:, count:].expand(rows, labels.shape[1])
+    labels = labels.masked_fill((types == 0) | (types % KINDS != 0), -100)
+    answers = context.ids.masked_fill((context.types == 0) | (context.types % KINDS != 0), -100)[1:]
+    virtual = logits[:, : count - 1] if before is None else before
+    targets, scales = logits.new_full(logits.shape[:2], -100, dtype=torch.long), torch.zeros_like(logits[..., 0])
+    targets.scatter_(1, columns - 1, labels)  # the token at a column is predicted one column earlier
+    scales.scatter_(1, columns - 1, of_row.to(scales))
+    total = (scales * _losses(logits, targets)).sum()
+    total = total + (of_prompt[:, 1:] * _losses(virtual, answers.expand(virtual.shape[0], -1))).sum()
+    own = (labels != -100).sum()
+    mean = total / (own + rows * (answers != -100).sum())
+    return mean if items is None else mean * own / items
+
+
+def answer_weights(kinds: Tensor, decay: float) -> Tensor:
+    """γ^j `[B, S]` for tokens of types `kinds` `[B, S]`, j the number of the row's answers with a greater type."""
+    is_answer = (kinds > 0) & (kinds % KINDS == 0)
+    is_answer[:, 0] = False  # nothing predicts the first token
+    answer = torch.where(is_answer, kinds // KINDS, 0)
+    there = torch.zeros(kinds.shape[0], int(answer.max()) + 1, device=kinds.device)
+    there.scatter_(1, answer, 1.0)
+    later = there.flip(1).cumsum(1).flip(1) - there
+    return torch.where(is_answer, decay ** later.gather(1, answer), 1.0)
+
+
+def _joined(context: Context, labels: Tensor, types: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Types of the prompt's and the row's tokens, `[1, p+1]` or `[B, p+T]`, and of the row's alone.
+
+    The row's follow the prompt's. PEFT adds the greatest of the prompt's, which makes answers of other tokens where
+    that is no answer itself; here it is rounded up to one.
+    """
+    last = -(-int(context.types.max()) // KINDS) * KINDS
+    own = context.types[None]
+    if types is None:
+        row = torch.full_like(own[:, :1], last + KINDS)
+    else:
+        row = torch.where(types > 0, types.to(own) + last, 0)
+    return torch.cat([own.expand(row.shape[0], -1), row], dim=1), row
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy `[B, S]` of `logits` `[B, S, V]`, 0 where the target is −100."""
+    flat = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
+    return flat.view(targets.shape)
