@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from softprompt import checkpoint
 from softprompt.config import KVConfig
-from softprompt.doors.attention import AttentionDoor
+from softprompt.doors.cache import Door
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.geometry import probe, record, word_table
+from softprompt.geometry import Geometry
 from softprompt.model import SoftPromptModel
-from softprompt.prompt import KV, Geometry, evaluating
+from softprompt.probe import find_door, record, word_table
+from softprompt.prompt import KV, evaluating
 
 PROBE_TOKENS = 4
 
@@ -70,11 +71,8 @@ def compose_prefixes(model: SoftPromptModel | PreTrainedModel, prefixes: Sequenc
     return replace(prefixes[0], layers=tuple((key, value) for key, value in joined))
 
 
-def _of(model: SoftPromptModel | PreTrainedModel) -> tuple[AttentionDoor, Geometry]:
-    if isinstance(model, SoftPromptModel):
-        return model.door, model.geometry
-    door = AttentionDoor(model)
-    return door, probe(door)
+def _of(model: SoftPromptModel | PreTrainedModel) -> tuple[Door, Geometry]:
+    return (model.door, model.geometry) if isinstance(model, SoftPromptModel) else find_door(model)
 
 
 def _check(prefixes: Sequence[KV], geometry: Geometry) -> None:
@@ -108,7 +106,7 @@ def _moved(prefix: KV, turns: Sequence[Turn | None], offset: int) -> KV:
 
 
 @torch.no_grad()
-def _turns(door: AttentionDoor, lengths: list[int], offsets: list[int]) -> list[Turn | None]:
+def _turns(door: Door, lengths: list[int], offsets: list[int]) -> list[Turn | None]:
     """How each layer moves the keys of prefixes of these lengths by these offsets; None: its keys have no position.
 
     The last token of each prefix is what the proof is made on: frequencies that depend on the length of a text differ
@@ -137,12 +135,12 @@ def _turned(key: Tensor, turn: Turn | None, positions: Tensor | int) -> Tensor:
     return key if turn is None else turn(key, positions)
 
 
-def _keys_at(door: AttentionDoor, tokens: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _keys_at(door: Door, tokens: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
     recording, _ = record(door, {"input_ids": tokens, "position_ids": positions + door.position_offset})
     return recording.layers
 
 
-def _plain_tokens(door: AttentionDoor) -> Tensor:
+def _plain_tokens(door: Door) -> Tensor:
     """Rows of one token each, `[PROBE_TOKENS, 1]`, spread over the vocabulary."""
     table = word_table(door.base)
     return torch.linspace(4, table.shape[0] - 2, PROBE_TOKENS).long().to(table.device)[:, None]

@@ -1,181 +1,64 @@
-"""One probe of a base model: which attention layers it has, what their keys look like, and whether it is causal."""
+"""What the parts of this library need to know about a base model; `probe` finds it out."""
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from softprompt.doors.attention import AttentionDoor, Recording
-from softprompt.doors.cache import CacheDoor, Door, fills_cache
-from softprompt.errors import UnsupportedError
-from softprompt.prompt import Geometry, LayerShape, evaluating
+from softprompt.config import KVConfig
+from softprompt.errors import ConfigError, UnsupportedError
 
 
-def word_table(base: PreTrainedModel) -> Tensor:
-    """The weight of the input embeddings `[V, d]`; its device and type are those a prompt enters in."""
-    weight = base.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
+@dataclass(frozen=True)
+class LayerShape:
+    """Key and value shape of one attention layer, for one token; `window` is its sliding window, if any."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    window: int | None = None
 
 
-def record(door: Door, inputs: dict[str, Tensor]) -> tuple[Recording, Tensor]:
-    """Run the model's body (no head) and take down every layer's keys and values; also its first output."""
-    recording = Recording()
-    with door.open(None, recording):
-        output = door.base.base_model(**inputs, use_cache=False, return_dict=True)
-    return recording, output[0]
+@dataclass(frozen=True)
+class Geometry:
+    """What a probe forward pass found out about a base model (never read from a list of config key names).
 
-
-def find_door(base: PreTrainedModel) -> tuple[Door, Geometry]:
-    """The door into a model: its attention, or the cache of a decoder that attends in code of its own."""
-    door = AttentionDoor(base)
-    geometry = probe(door)
-    if geometry.layers or not geometry.causal or not fills_cache(base):
-        return door, geometry
-    through_cache = CacheDoor(base)
-    seen = probe(through_cache)
-    if not seen.layers:
-        return door, geometry
-    with evaluating(base):
-        through_cache.check(_two_plain_ids(base))
-    return through_cache, seen
-
-
-@torch.no_grad()
-def probe(door: Door) -> Geometry:
-    """Find the model's geometry with two forward passes over two tokens, and tell the door its layers.
-
-    Raises UnsupportedError for a model this version has no door for, naming what does work.
+    `layers` are the self-attention layers (on encoder-decoders the decoder's; `cross_layers` and `encoder_layers` are
+    the others), `hidden_size` the width of the input embeddings, `context` the number of tokens that have a position.
+    `foldable`: a prompt in front leaves nothing but keys and values, so it can be computed once for all rows.
     """
-    if isinstance(door, AttentionDoor) and door.encoder_decoder:
-        return _probe_encoder_decoder(door)
-    base = door.base
-    ids = _two_plain_ids(base)
-    with evaluating(base):
-        first, hidden = record(door, {"input_ids": ids})
-        door.bind(first.modules, [], [])
-        if not first.modules:  # the door now leaves the model alone
-            _, hidden = record(door, {"input_ids": ids})
-        _, other = record(door, {"input_ids": ids[:, [0, 0]]})
-    causal = _same(hidden[0, 0], other[0, 0])
-    foldable = causal and not base._is_stateful and len(first.modules) >= _number_of_layers(base)
-    geometry = _geometry(door, first, causal=causal, foldable=foldable, no_prefix=_no_prefix(base, first, causal))
-    _check_positions(door, geometry)
-    return geometry
 
+    layers: tuple[LayerShape, ...]
+    hidden_size: int
+    query_heads: int
+    causal: bool
+    context: int | None
+    learned_positions: bool
+    position_offset: int
+    shared_layers: bool = False
+    foldable: bool = True
+    encoder_decoder: bool = False
+    cross_layers: tuple[LayerShape, ...] = ()
+    encoder_layers: tuple[LayerShape, ...] = ()
+    no_prefix: str = ""
+    """Why keys and values cannot reach this model, if they cannot."""
 
-def _probe_encoder_decoder(door: AttentionDoor) -> Geometry:
-    """Two source tokens and three target tokens tell the three kinds of attention apart."""
-    base = door.base
-    ids = _two_plain_ids(base)
-    with evaluating(base):
-        found, _ = record(door, {"input_ids": ids, "decoder_input_ids": ids[:, [0, 1, 0]]})
-    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
-    for number, (queries, (key, _)) in enumerate(zip(found.queries, found.layers, strict=True)):
-        parts[2 if queries == 2 else 1 if key.shape[2] == 2 else 0].append(number)
-    own, cross, encoder = parts
-    if not own or not encoder:
-        raise UnsupportedError(
-            f"{type(base).__name__} does not attend through transformers' AttentionInterface, so there is no door into "
-            "it; encoder-decoders such as t5, bart, mbart, pegasus and blenderbot do."
+    def prefix_layers(self, config: KVConfig) -> tuple[LayerShape, ...]:
+        """The attention layers a prefix reaches: decoder (or only) self-attention, cross-attention, encoder.
+
+        Raises UnsupportedError where layers cannot have a prefix each, ConfigError for parts the model does not have.
+        """
+        if self.no_prefix:
+            raise UnsupportedError(f"{self.no_prefix}; use prompt_tuning or p_tuning.")
+        if self.shared_layers:
+            raise UnsupportedError(
+                "this model runs one attention layer several times, so its layers cannot have a prefix each; use "
+                "prompt_tuning or p_tuning."
+            )
+        if not self.encoder_decoder and (config.cross_prefix or config.encoder_prefix or not config.decoder_prefix):
+            raise ConfigError(
+                "decoder_prefix, cross_prefix and encoder_prefix choose between the attentions of an encoder-decoder, "
+                "which this model is not; leave them unset."
+            )
+        return (
+            (self.layers if config.decoder_prefix else ())
+            + (self.cross_layers if config.cross_prefix else ())
+            + (self.encoder_layers if config.encoder_prefix else ())
         )
-    door.bind(*([found.modules[number] for number in part] for part in parts))
-    geometry = _geometry(door, found, causal=False, foldable=False, encoder_decoder=True)
-    shapes = geometry.layers
-    return replace(
-        geometry,
-        layers=tuple(shapes[n] for n in own),
-        cross_layers=tuple(shapes[n] for n in cross),
-        encoder_layers=tuple(shapes[n] for n in encoder),
-    )
-
-
-def _geometry(door: Door, found: Recording, **facts: Any) -> Geometry:
-    """What every kind of model has; also tells the door where positions end."""
-    base = door.base
-    config = base.config.get_text_config()
-    door.position_offset = _position_offset(base)
-    context = getattr(config, "max_position_embeddings", None)
-    context = door.learned_positions if context is None else context - door.position_offset
-    learned = _position_table(base) is not None
-    door.learned_positions = context if learned else door.learned_positions
-    return Geometry(
-        layers=tuple(_shape(pair, window) for pair, window in zip(found.layers, found.windows, strict=True)),
-        hidden_size=word_table(base).shape[1],  # ELECTRA's embeddings, say, are narrower than its layers
-        query_heads=getattr(config, "num_attention_heads", 0) or 0,
-        context=context,
-        learned_positions=learned,
-        position_offset=door.position_offset,
-        shared_layers=_repeats(found),
-        **facts,
-    )
-
-
-def _number_of_layers(base: PreTrainedModel) -> int:
-    return base.config.get_text_config().num_hidden_layers
-
-
-def _no_prefix(base: PreTrainedModel, found: Recording, causal: bool) -> str:
-    """Why no keys and values can be put before this model's own."""
-    if found.modules:
-        return ""
-    if causal and base._is_stateful:
-        return f"{type(base).__name__} has a state instead of attention, so keys and values cannot reach it"
-    return f"{type(base).__name__} does not attend through transformers' AttentionInterface"
-
-
-def _check_positions(door: Door, geometry: Geometry) -> None:
-    """UnsupportedError where positions that follow the prompt are not all that it changes in a decoder."""
-    kind = type(door.base).__name__
-    if geometry.causal and geometry.shared_layers:
-        raise UnsupportedError(
-            f"{kind} runs one attention layer several times, which keys and values cannot tell apart yet; use a model "
-            "whose layers are all different."
-        )
-    if isinstance(door, AttentionDoor) and geometry.causal and geometry.layers and not door.takes_positions:
-        raise UnsupportedError(
-            f"{kind}.forward takes no position_ids, so real tokens cannot be moved behind a prompt; use a model that "
-            "takes them, such as gpt2, llama, mistral, qwen, gemma, opt or gpt_neox."
-        )
-
-
-def _repeats(recording: Recording) -> bool:
-    """Whether layers share one attention module, as in ALBERT."""
-    return len(set(recording.modules)) < len(recording.modules)
-
-
-def _same(first: Tensor, other: Tensor) -> bool:
-    """Equal but for rounding: experts, say, may put the same token through kernels of another batch size."""
-    tolerance = 1e-4 if first.dtype in (torch.float32, torch.float64) else 2e-2
-    return bool((first - other).float().norm() <= tolerance * first.float().norm())
-
-
-def _shape(pair: tuple[Tensor, Tensor], window: int | None) -> LayerShape:
-    key, value = pair
-    return LayerShape(key.shape[1], key.shape[3], value.shape[3], window)
-
-
-def _two_plain_ids(base: PreTrainedModel) -> Tensor:
-    """Two different token ids `[1, 2]`, neither of them padding (which some models' positions skip)."""
-    special = {base.config.get_text_config().pad_token_id}
-    plain = [token for token in range(4) if token not in special][:2]
-    return torch.tensor([plain], device=word_table(base).device)
-
-
-def _position_table(base: PreTrainedModel) -> nn.Embedding | None:
-    """The table of learned absolute positions, if the model has one."""
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    words = base.get_input_embeddings()
-    for name, module in base.base_model.named_modules():
-        named = "position" in name or name.endswith("wpe")
-        if isinstance(module, nn.Embedding) and module is not words and named and limit is not None:
-            return module
-    return None
-
-
-def _position_offset(base: PreTrainedModel) -> int:
-    """What must be added to a position given to the model: RoBERTa-like models count from `padding_idx + 1`."""
-    table = _position_table(base)
-    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from softprompt.errors import ConfigError
-from softprompt.geometry import record, word_table
 from softprompt.model import SoftPromptModel
+from softprompt.probe import record, word_table
 from softprompt.prompt import KV, EmbeddingPrompt, KVPrompt, evaluating
 
 

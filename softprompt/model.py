@@ -14,8 +14,8 @@ from transformers.utils.hub import PushToHubMixin
 from softprompt import checkpoint
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.geometry import find_door, word_table
 from softprompt.heads import Heads, with_default_heads
+from softprompt.probe import find_door, word_table
 from softprompt.prompt import KV, METHODS, EmbeddingPrompt, Embeddings, SoftPrompt
 from softprompt.prompt import evaluating as _evaluating
 from softprompt.running import Run

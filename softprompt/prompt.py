@@ -14,68 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.config import KVConfig, PromptConfig, TaskType
-from softprompt.errors import ConfigError, UnsupportedError
+from softprompt.errors import ConfigError
+from softprompt.geometry import Geometry
 
 METHODS: "dict[str, type[SoftPrompt]]" = {}
 """Every method by its name; filled by subclassing, see `SoftPrompt`."""
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Key and value shape of one attention layer, for one token; `window` is its sliding window, if any."""
-
-    heads: int
-    key_size: int
-    value_size: int
-    window: int | None = None
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What a probe forward pass found out about a base model (never read from a list of config key names).
-
-    `layers` are the self-attention layers (on encoder-decoders the decoder's; `cross_layers` and `encoder_layers` are
-    the others), `hidden_size` the width of the input embeddings, `context` the number of tokens that have a position.
-    `foldable`: a prompt in front leaves nothing but keys and values, so it can be computed once for all rows.
-    """
-
-    layers: tuple[LayerShape, ...]
-    hidden_size: int
-    query_heads: int
-    causal: bool
-    context: int | None
-    learned_positions: bool
-    position_offset: int
-    shared_layers: bool = False
-    foldable: bool = True
-    encoder_decoder: bool = False
-    cross_layers: tuple[LayerShape, ...] = ()
-    encoder_layers: tuple[LayerShape, ...] = ()
-    no_prefix: str = ""
-    """Why keys and values cannot reach this model, if they cannot."""
-
-    def prefix_layers(self, config: KVConfig) -> tuple[LayerShape, ...]:
-        """The attention layers a prefix reaches: decoder (or only) self-attention, cross-attention, encoder.
-
-        Raises UnsupportedError where layers cannot have a prefix each, ConfigError for parts the model does not have.
-        """
-        if self.no_prefix:
-            raise UnsupportedError(f"{self.no_prefix}; use prompt_tuning or p_tuning.")
-        if self.shared_layers:
-            raise UnsupportedError(
-                "this model runs one attention layer several times, so its layers cannot have a prefix each; use "
-                "prompt_tuning or p_tuning."
-            )
-        if not self.encoder_decoder and (config.cross_prefix or config.encoder_prefix or not config.decoder_prefix):
-            raise ConfigError(
-                "decoder_prefix, cross_prefix and encoder_prefix choose between the attentions of an encoder-decoder, "
-                "which this model is not; leave them unset."
-            )
-        return (
-            (self.layers if config.decoder_prefix else ())
-            + (self.cross_layers if config.cross_prefix else ())
-            + (self.encoder_layers if config.encoder_prefix else ())
-        )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from softprompt import (
 )
 from softprompt.checkpoint import load_adapter
 from softprompt.doors.attention import AttentionDoor
-from softprompt.geometry import probe, record
+from softprompt.probe import probe, record
 
 P, FROZEN = 6, 2
 TEXT = "the cat sat on the mat and the dog ran to the red house by the river while it rained all night long"

@@ -21,8 +21,8 @@ from softprompt.checkpoint import (
 )
 from softprompt.config import PromptConfig
 from softprompt.errors import CheckpointError
+from softprompt.geometry import Geometry, LayerShape
 from softprompt.methods import PrefixEncoder, PrefixTuningConfig, PromptEncoder, PromptEncoderConfig, PromptTuningConfig
-from softprompt.prompt import Geometry, LayerShape
 
 SIZES: dict[str, Any] = {"num_virtual_tokens": 3, "token_dim": 8, "num_layers": 2, "num_attention_heads": 2}
 CONFIGS: dict[str, PromptConfig] = {

@@ -708,7 +708,7 @@ def test_layers_of_different_shapes_have_a_prefix_each() -> None:
     """A layer's own heads and sizes are kept in the config, which PEFT has no field for, and in the flat table."""
     from dataclasses import replace
 
-    from softprompt.prompt import LayerShape
+    from softprompt.geometry import LayerShape
 
     geometry = make("llama", "prefix").geometry
     uneven = replace(geometry, layers=(LayerShape(2, 8, 8), LayerShape(1, 16, 12)))

@@ -27,7 +27,7 @@ from softprompt.checkpoint.guard import (
 )
 from softprompt.config import KVConfig, PromptConfig
 from softprompt.errors import CheckpointError, SoftPromptError
-from softprompt.prompt import Geometry
+from softprompt.geometry import Geometry
 
 __all__ = [
     "CONFIG_NAME",

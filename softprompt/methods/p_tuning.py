@@ -12,7 +12,8 @@ from typing import final
 from torch import Tensor, nn
 
 from softprompt.config import EmbeddingConfig, PromptConfig, parse_enum
-from softprompt.prompt import EmbeddingPrompt, Geometry, need_count
+from softprompt.geometry import Geometry
+from softprompt.prompt import EmbeddingPrompt, need_count
 
 
 class PromptEncoderReparameterizationType(str, Enum):

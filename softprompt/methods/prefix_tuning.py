@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from softprompt.config import KVConfig, PromptConfig
 from softprompt.errors import ConfigError
-from softprompt.prompt import Geometry, KVPrompt, need_count
+from softprompt.geometry import Geometry
+from softprompt.prompt import KVPrompt, need_count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from softprompt.data import (
     load_examples,
     load_labelled,
 )
-from softprompt.prompt import Geometry
+from softprompt.geometry import Geometry
 from softprompt.recipe import Recipe
 from softprompt.train.batches import spread
 
