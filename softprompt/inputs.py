@@ -45,6 +45,14 @@ def labels_tokens(inputs: dict[str, Any]) -> bool:
     return cache is None or cache.get_seq_length() == 0
 
 
+def decodes_row(inputs: dict[str, Any]) -> bool:
+    """Whether an encoder-decoder's decoder gets the row itself, shifted, as some heads do without a target."""
+    if any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds", "encoder_outputs")):
+        return False
+    labels = inputs.get("labels")
+    return labels is None or labels.ndim < 2 or labels.is_floating_point()
+
+
 def without_cache(inputs: dict[str, Any]) -> dict[str, Any]:
     """A cache would hold the row as it was rearranged, and its virtual token as if it were a real one."""
     if inputs.get("past_key_values") is not None:

@@ -15,13 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
+from softprompt.context_loss import forward_with_context
 from softprompt.doors.cache import Door
-from softprompt.doors.embedding import embed, fill_slots, place
+from softprompt.doors.embedding import embed, fill_slots, place, take
 from softprompt.doors.encoder import cut, open_encoder
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.fold import fold
-from softprompt.inputs import cached, labels_tokens, packed, with_mask, without_cache
-from softprompt.prompt import KV, Embeddings, Geometry
+from softprompt.geometry import Geometry
+from softprompt.inputs import cached, decodes_row, labels_tokens, packed, with_mask, without_cache
+from softprompt.losses import with_span_loss
+from softprompt.prompt import KV, Embeddings
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ class Run:
 
     def forward(self, inputs: dict[str, Any]) -> Any:
         """The model's output over real tokens, on keyword inputs that were given."""
+        if isinstance(self.prompt, Embeddings) and self.prompt.context is not None:
+            return forward_with_context(self, self.prompt, inputs)
+        return with_span_loss(self._forward(inputs), inputs, self.slots)
+
+    def _forward(self, inputs: dict[str, Any]) -> Any:
         if self.geometry.encoder_decoder:
             return self._forward_encoder_decoder(inputs)
         if not self.geometry.causal or labels_tokens(inputs):
@@ -153,9 +161,14 @@ class Run:
 
     def _forward_encoder_decoder(self, inputs: dict[str, Any]) -> Any:
         kv, vectors = (self.prompt, None) if isinstance(self.prompt, KV) else (None, self.prompt)
-        after_first = self.placement is Placement.AFTER_BOS
-        with self.door.open(kv), open_encoder(self.base, vectors, self.slots, after_first):
-            return cut(self.base(**inputs), vectors.length if vectors is not None and self.slots is None else 0)
+        after_first, slots, placement = self.placement is Placement.AFTER_BOS, self.slots, None
+        if decodes_row(inputs):  # the decoder has no mask for it, so padding must stand behind
+            inputs, placement = place(inputs, None, None, causal=False)
+            if slots is not None and placement.columns is not None:
+                slots = take(slots, placement.columns.argsort(dim=1).to(slots.device), 1)
+        with self.door.open(kv), open_encoder(self.base, vectors, slots, after_first):
+            output = cut(self.base(**inputs), vectors.length if vectors is not None and slots is None else 0)
+        return output if placement is None else placement.restore(output)
 
     # ---- generate ------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ prefix is put into the `past_key_values` of the decoder, or, on encoders, concat
 attention function written out by hand. Everything else is the base model with its own defaults.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -46,8 +46,21 @@ def encodes_and_decodes(base: PreTrainedModel) -> bool:
 @contextmanager
 def keys_in_front(base: PreTrainedModel, prefix: KV) -> Iterator[None]:
     """Inside the block the base model sees the prefix, for one row without padding."""
-    both_ways = not base.config.is_encoder_decoder and _both_ways(base)
-    with (by_hand if both_ways else prefilled)(base, prefix):
+    with ExitStack() as stack:
+        if encodes_and_decodes(base):
+            encoder = prefix.encoder or [None] * base.config.num_hidden_layers
+            cross = prefix.cross or [None] * base.get_decoder().config.num_hidden_layers
+            if prefix.layers:
+                stack.enter_context(prefilled(base, prefix))
+            if prefix.encoder or prefix.cross:
+                decoder = [call for pair in cross for call in ((None, True), (pair, False))]  # own, cross, own, …
+                stack.enter_context(by_hand(base, [(pair, False) for pair in encoder] + decoder))
+        elif _both_ways(base):
+            stack.enter_context(by_hand(base, [(pair, False) for pair in prefix.layers], shift=prefix.length))
+        elif getattr(base.config, "kv_lora_rank", None):  # the cache holds what keys and values are made of
+            stack.enter_context(by_hand(base, [(pair, True) for pair in prefix.layers], shift=prefix.length))
+        else:
+            stack.enter_context(prefilled(base, prefix))
         yield
 
 
@@ -62,17 +75,17 @@ def _both_ways(base: PreTrainedModel) -> bool:
 def prefilled(base: PreTrainedModel, prefix: KV) -> Iterator[None]:
     """Every call of the (first) decoder gets a cache that holds the prefix."""
     both = base.config.is_encoder_decoder
-    body = base.get_decoder()
 
     def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         cache: Any = in_cache(base, prefix)
         if both:
             return args, {**kwargs, "past_key_values": EncoderDecoderCache(cache, DynamicCache())}
-        ids = args[0] if args else kwargs["input_ids"]
-        seen = torch.ones(1, prefix.length + ids.shape[1], dtype=torch.long)
+        given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        length = next(each.shape[1] for each in given if each is not None)
+        seen = torch.ones(1, prefix.length + length, dtype=torch.long)
         return args, {**kwargs, "past_key_values": cache, "attention_mask": seen}
 
-    handle = body.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = base.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
@@ -90,37 +103,57 @@ def in_cache(base: PreTrainedModel, prefix: KV) -> DynamicCache:
     return cache
 
 
+Calls = Sequence[tuple[tuple[Tensor, Tensor] | None, bool]]
+
+
 @contextmanager
-def by_hand(base: PreTrainedModel, prefix: KV) -> Iterator[None]:
-    """Attention of an encoder written out, softmax(q [Pk; k]ᵀ·s) [Pv; v], with the row at positions p, p + 1, …"""
-    pairs = iter(())
+def by_hand(base: PreTrainedModel, calls: Calls, shift: int = 0) -> Iterator[None]:
+    """Attention written out, softmax(q [Pk; k]ᵀ·s + b) [Pv; v], with the row at positions `shift`, `shift` + 1, …
+
+    `calls` has, for each attention of one forward pass in order, what stands in front, and whether it is causal.
+    """
+    order = iter(())
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        more_key, more_value = next(pairs)
-        key, value = torch.cat([more_key, key], dim=2), torch.cat([more_value, value], dim=2)
-        scores = scaling * query @ key.transpose(2, 3)
+        (pair, causal), bias = next(order), kwargs.get("position_bias")
+        if pair is not None:
+            key, value = torch.cat([pair[0], key], dim=2), torch.cat([pair[1], value], dim=2)
+            bias = None if bias is None else _wider(base, bias, pair[0].shape[2])
+        distance = torch.arange(key.shape[2])[-query.shape[2] :, None] - torch.arange(key.shape[2])
         window = kwargs.get("sliding_window")
-        if window is not None:
-            distance = torch.arange(key.shape[2])[-query.shape[2] :, None] - torch.arange(key.shape[2])
-            scores = scores.masked_fill(distance.abs() >= window, -torch.inf)
-        return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+        hidden = (distance < 0) & causal if window is None else ((distance < 0) & causal) | (distance.abs() >= window)
+        scores = scaling * query @ key.transpose(2, 3) + (0 if bias is None else bias)
+        return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
-    def moved(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        nonlocal pairs
-        pairs = iter(prefix.layers)
-        first = prefix.length + (base.config.pad_token_id + 1 if base.config.model_type == "roberta" else 0)
+    def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        nonlocal order
+        order = iter(calls)
+        if not shift or base.config.is_encoder_decoder:
+            return args, kwargs
+        first = shift + (base.config.pad_token_id + 1 if base.config.model_type == "roberta" else 0)
         return args, {**kwargs, "position_ids": first + torch.arange(kwargs["input_ids"].shape[1])[None]}
 
     AttentionInterface.register("naive", attend)
-    handle, before = base.register_forward_pre_hook(moved, with_kwargs=True), base.config._attn_implementation
-    base.config._attn_implementation_internal = "naive"
+    configs = {id(part.config): part.config for part in base.modules() if isinstance(part, PreTrainedModel)}.values()
+    handle, before = base.register_forward_pre_hook(begin, with_kwargs=True), base.config._attn_implementation
+    for config in configs:
+        config._attn_implementation_internal = "naive"
     try:
         yield
     finally:
         handle.remove()
-        base.config._attn_implementation_internal = before
+        for config in configs:
+            config._attn_implementation_internal = before
+
+
+def _wider(base: PreTrainedModel, bias: Tensor, length: int) -> Tensor:
+    """T5's position bias `[1, h, t, u]` with a prefix at −p…−1 before the encoder's row; cross-attention has none."""
+    table, width = base.get_encoder().block[0].layer[0].SelfAttention, length + bias.shape[3]
+    if not bias.any():
+        return bias.new_zeros(*bias.shape[:3], width)
+    return table.compute_bias(width, width)[:, :, length:]
 
 
 # ---- language models ---------------------------------------------------------------------------------------------

@@ -13,8 +13,11 @@ from torch import Tensor
 from softprompt.errors import ConfigError
 from softprompt.prompt import Embeddings
 
-PER_TOKEN_OUTPUTS = ("logits", "last_hidden_state", "hidden_states", "start_logits", "end_logits")
-PER_PAIR_OUTPUTS = ("attentions",)
+PER_TOKEN_OUTPUTS = (
+    *("logits", "last_hidden_state", "hidden_states", "start_logits", "end_logits"),
+    *("encoder_last_hidden_state", "encoder_hidden_states", "decoder_hidden_states"),
+)
+PER_PAIR_OUTPUTS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
 COLUMN_INPUTS = ("start_positions", "end_positions")
 PER_TOKEN_INPUTS = ("inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels")
 FILLERS = {"attention_mask": 1, "token_type_ids": 0, "labels": -100}

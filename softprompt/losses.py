@@ -1,0 +1,43 @@
+"""Losses that a model's own head would get wrong: over real tokens only, whatever stands in front of or behind them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+SPANS = (("start_positions", "start_logits"), ("end_positions", "end_logits"))
+
+
+def real_columns(inputs: dict[str, Any], slots: Tensor | None) -> Tensor | None:
+    """Which columns `[B, T]` hold the caller's own tokens; None where all do."""
+    mask = inputs.get("attention_mask")
+    real = mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if slots is None:
+        return real
+    words = slots < 0
+    return words if real is None else real & words.to(real.device)
+
+
+def with_span_loss(output: Any, inputs: dict[str, Any], slots: Tensor | None = None) -> Any:
+    """The output with the loss of the given answer spans, the mean cross-entropy of start and end over real tokens.
+
+    A head of its own takes the softmax over all columns, padding and virtual tokens too. A span outside the real tokens
+    counts nowhere (all of them: the loss is not a number), as in transformers. Other outputs stay as they are.
+    """
+    if any(inputs.get(position) is None or output.get(logits) is None for position, logits in SPANS):
+        return output
+    real = real_columns(inputs, slots)
+    losses = [_column_loss(output[logits], inputs[position], real) for position, logits in SPANS]
+    output["loss"] = torch.stack(losses).mean()
+    return output
+
+
+def _column_loss(logits: Tensor, columns: Tensor, real: Tensor | None) -> Tensor:
+    """Mean cross-entropy of the right columns `[B]` or `[B, 1]` under `logits` `[B, T]`, those that are real."""
+    real = torch.ones_like(logits, dtype=torch.bool) if real is None else real.to(logits.device)
+    columns = columns.to(logits.device).flatten()
+    known = (columns >= 0) & (columns < logits.shape[1])
+    known &= real.gather(1, columns.where(known, 0)[:, None])[:, 0]
+    scores = logits.masked_fill(~real, torch.finfo(logits.dtype).min)
+    return cross_entropy(scores, columns.where(known, -100), ignore_index=-100)
