@@ -257,7 +257,7 @@ def test_answer_spans_follow_their_tokens(method: str, side: str) -> None:
         close(out.start_logits[index, mask], alone.start_logits[0, shift:])
         close(out.end_logits[index, mask], alone.end_logits[0, shift:])
         start, end = (starts - first)[index : index + 1], (ends - first)[index : index + 1]
-        expected = cross_entropy(alone.start_logits, start + shift) + cross_entropy(alone.end_logits, end + shift)
+        expected = cross_entropy(alone.start_logits[:, shift:], start) + cross_entropy(alone.end_logits[:, shift:], end)
         close(model(input_ids=row, start_positions=start, end_positions=end).loss, expected / 2)
 
 
