@@ -79,7 +79,8 @@ class AttentionDoor:
         self.modules: tuple[list[nn.Module], list[nn.Module], list[nn.Module]] = ([], [], [])
         self.tables: dict[nn.Module, Any] = {}
         self.encoder_decoder = is_encoder_decoder(base)
-        self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        self.text = text_decoder(base)
+        self.takes_positions = "position_ids" in inspect.signature(self.text.forward).parameters
         self.position_offset = 0
         self.learned_positions: int | None = None
         self._configs = _configs(base)
@@ -128,7 +129,7 @@ class AttentionDoor:
                 (self.base, self._note_seen(opening)),
                 *((each, self._shift_decoder(opening, shift)) for each in tables),
             ]
-        return [(self.base, self._shift_positions(opening, shift))] if self.takes_positions else []
+        return [(self.text, self._shift_positions(opening, shift))] if self.takes_positions else []
 
     def _note_seen(self, opening: Opening) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -184,7 +185,10 @@ class AttentionDoor:
                 del _ROUTED[self.base]
 
     def _shift_positions(self, opening: Opening, shift: int) -> Callable[..., Any]:
-        """A pre-hook on the base model: positions counted from the mask, moved behind the prefix."""
+        """A pre-hook on the base model: positions counted from the mask, moved behind the prefix.
+
+        A multimodal model may give its text decoder several positions per token, `[3|4, B, T]`.
+        """
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             if _OPENING.get() is not opening:  # another thread's call of the same model
@@ -201,7 +205,7 @@ class AttentionDoor:
                 seen = cache.get_seq_length() if cache is not None else 0
                 longest = shift + (mask.shape[-1] if isinstance(mask, Tensor) else seen + inputs.shape[1])
             self._check_room(positions, longest)
-            opening.positions = positions
+            opening.positions = positions if positions.ndim < 3 else positions[0]
             return args, {**kwargs, "position_ids": positions + self.position_offset}
 
         return hook
@@ -332,6 +336,12 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
         if function is not None:
             return function
     raise UnsupportedError(f"{type(module).__name__} has no eager attention; load with attn_implementation='sdpa'.")
+
+
+def text_decoder(base: PreTrainedModel) -> nn.Module:
+    """The part of a model that positions are given to: the whole, or the text decoder behind images and sounds."""
+    multimodal = base.config.get_text_config() is not base.config and not base.config.is_encoder_decoder
+    return base.get_decoder() if multimodal else base
 
 
 def is_encoder_decoder(base: PreTrainedModel) -> bool:
