@@ -171,6 +171,10 @@ class SoftPrompt(nn.Module, ABC):
     """Which dimension of a saved tensor counts virtual tokens, for those that have one."""
     task_parameters: ClassVar[tuple[str, ...]] = ()
     """The parameters that belong to one of several tasks each; they may have a learning rate of their own."""
+    task_types: ClassVar[tuple[TaskType, ...]] = tuple(TaskType)
+    """The heads the method can be trained for."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Config fields to try the method with, four virtual tokens long, where the defaults show too little of it."""
 
     config: PromptConfig
     embedding: nn.Embedding

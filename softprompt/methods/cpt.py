@@ -82,9 +82,7 @@ class CPTConfig(EmbeddingConfig):
             if any(type(value) is not int or value < 0 for value in values):
                 raise ConfigError(f"{name} holds {values}; its entries are whole numbers from 0 up.")
             if len(values) != count:
-                raise ConfigError(
-                    f"{name} has {len(values)} entries, but cpt_token_ids has {count}; give one per token."
-                )
+                raise ConfigError(f"{name} has {len(values)} entries, cpt_token_ids has {count}; give one per token.")
         if not self.inference_mode and 0 in (self.cpt_mask or []):
             raise ConfigError(
                 "cpt_mask has a 0, but a context has no padding (PEFT would use it); leave those tokens out."
@@ -116,6 +114,15 @@ class CPTEmbedding(EmbeddingPrompt):
 
     name = "cpt"
     config_class = CPTConfig
+    task_types = (TaskType.CAUSAL_LM,)
+    example = {  # noqa: RUF012 (a ClassVar of the base)
+        "cpt_token_ids": [3, 4, 5, 6],
+        "cpt_tokens_type_mask": [1, 2, 3, 4],
+        "opt_weighted_loss_type": "decay",
+        "opt_loss_decay_factor": 0.5,
+        "opt_projection_epsilon": 10.0,
+        "opt_projection_format_epsilon": 10.0,
+    }
     config: CPTConfig
     embedding: FrozenTable
     centre: Tensor
@@ -153,7 +160,9 @@ class CPTEmbedding(EmbeddingPrompt):
         away = delta + offset
         norms = away.norm(dim=1, keepdim=True)
         pulled = away * (self.radii / norms.clamp(min=1e-30)) - offset
-        return torch.where(self.radii == 0, 0.0, torch.where(norms <= self.radii, delta, pulled))
+        within = norms <= self.radii * (1 + 1e-5)  # with room for rounding, so that a projection projected is itself
+        stays = within | (delta == 0).all(dim=1, keepdim=True)  # a saved prompt stays what it is
+        return torch.where(self.radii == 0, 0.0, torch.where(stays, delta, pulled))
 
     def prompt(self, task_ids: Tensor | None = None) -> Embeddings:
         return replace(super().prompt(task_ids), context=self.context())

@@ -133,6 +133,7 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
     }
     token_dims = {"prompt_embeddings": 0, "prefix_task_cols": 1}  # noqa: RUF012
     task_parameters = ("prefix_task_cols", "prefix_task_rows")
+    example = {"num_tasks": 2, "num_ranks": 2}  # noqa: RUF012
 
     def __init__(self, config: MultitaskPromptTuningConfig, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()
