@@ -66,6 +66,7 @@ class CacheDoor:
         self.takes_positions = "position_ids" in self._names
         self.position_offset = 0
         self.learned_positions: int | None = _room(self.body)
+        self.takes_square_masks = True
 
     def bind(self, own: list[nn.Module], cross: list[nn.Module], encoder: list[nn.Module]) -> None:
         """Take in which modules attend."""
@@ -95,6 +96,15 @@ class CacheDoor:
                     "and values in its cache do not do what tokens do; use a family such as gpt2, llama, mistral, "
                     "qwen, gemma, opt, bloom, mpt, falcon or gptj."
                 )
+        self.takes_square_masks = self._takes(of_sequences(torch.arange(2, device=ids.device)[None]), ids)
+
+    def _takes(self, mask: Tensor, ids: Tensor) -> bool:
+        """Whether the body runs with a mask; some count the positions of ALiBi from one of two dimensions."""
+        try:
+            self.body(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True)
+        except (ValueError, RuntimeError):
+            return False
+        return True
 
     @contextmanager
     def open(self, prefix: KV | None, recording: Recording | None = None) -> Iterator[None]:
@@ -155,6 +165,11 @@ class CacheDoor:
         mask, given = call.get("attention_mask"), call.get("position_ids")
         if isinstance(given, Tensor) and packed({"position_ids": given, "attention_mask": mask}) and not filled(own):
             mask = of_sequences(given)
+        if isinstance(mask, Tensor) and mask.ndim == 4 and not self.takes_square_masks:
+            raise ConfigError(
+                f"{type(self.base).__name__} counts positions from the attention_mask, so it takes one of two "
+                f"dimensions, not {tuple(mask.shape)}; give each sequence a row of its own, and no static cache."
+            )
         length = 0 if prefix is None else prefix.length
         columns = count_columns(own, inputs.shape[1])
         changed: dict[str, Any] = {}
