@@ -15,15 +15,15 @@ from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from softprompt.doors.widen import in_front, widen, widen_bias
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.positions import true_positions
-from softprompt.prompt import KV, spread
+from softprompt.prompt import KV
 
 BACKENDS = ("sdpa", "eager")
 _PREFIX = "softprompt_"
@@ -319,10 +319,11 @@ def _attention_through(backend: str) -> Callable[..., Any]:
             # A static cache's unused tail, which causal backends cut off themselves when there is no mask.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         if kwargs.get("position_bias") is not None:
-            kwargs["position_bias"] = _widen_bias(opening, module, kwargs["position_bias"], length)
+            seen = opening.seen if getattr(module, "is_decoder", False) else 0
+            kwargs["position_bias"] = widen_bias(kwargs["position_bias"], length, opening.tables.get(module), seen)
         window = None if prefix.always_visible else window
-        mask = _widen(mask, query, key, length, window, causal, opening.positions, additive=backend == "eager")
-        key, value = _in_front(pair[0], key, prefix.rows), _in_front(pair[1], value, prefix.rows)
+        mask = widen(mask, query, key, length, window, causal, opening.positions, additive=backend == "eager")
+        key, value = in_front(pair[0], key, prefix.rows), in_front(pair[1], value, prefix.rows)
         output, weights = plain(module, query, key, value, mask, **kwargs)
         return output, weights if weights is None else weights[..., length:]
 
@@ -347,56 +348,3 @@ def text_decoder(base: PreTrainedModel) -> nn.Module:
 def is_encoder_decoder(base: PreTrainedModel) -> bool:
     """Whether a model has both stacks; T5 for tokens, say, keeps only the encoder of its config."""
     return bool(base.config.is_encoder_decoder) and "decoder_input_ids" in inspect.signature(base.forward).parameters
-
-
-def _in_front(prefix: Tensor, own: Tensor, rows: Tensor | None) -> Tensor:
-    """`[N, h, p, k]` before `[B, h, t, k]`, in the latter's type and place."""
-    return torch.cat([spread(prefix.to(own), rows, own.shape[0]), own], dim=2)
-
-
-def _widen_bias(opening: Opening, module: nn.Module, bias: Tensor, length: int) -> Tensor:
-    """T5's relative position bias `[1, h, q, t]` with the prefix's columns, which stand at −p…−1; none where t is none.
-
-    The table is in the first layer of each stack; cross-attention has no positions.
-    """
-    table = opening.tables.get(module)
-    if table is None:
-        return torch.cat([bias.new_zeros(*bias.shape[:3], length), bias], dim=-1)
-    seen = opening.seen if getattr(module, "is_decoder", False) else 0
-    columns = table.compute_bias(bias.shape[2], length, device=bias.device, past_seen_tokens=seen + length)
-    return torch.cat([columns.to(bias), bias], dim=-1)
-
-
-def _widen(
-    mask: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    length: int,
-    window: int | None,
-    causal: bool,
-    positions: Tensor | None,
-    additive: bool,
-) -> Tensor | None:
-    """The mask `[B|1, h|1, q, t]` with `length` columns in front for the prefix; None where none is needed.
-
-    A prefix key at position j is visible to a query at true position i while i − j < window, as any other key is.
-    """
-    rows, columns = query.shape[2], key.shape[2]
-    if mask is None and causal and rows > 1:
-        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()[None, None]
-        if additive:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
-    seen: Tensor | None = None
-    if window is not None and positions is not None:
-        distance = positions[:, None, :, None] - torch.arange(length, device=positions.device)
-        seen = distance < window
-    if mask is None:
-        if seen is None:
-            return None
-        mask = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device)
-    if seen is None:
-        seen = torch.ones(1, 1, rows, length, dtype=torch.bool, device=mask.device)
-    if mask.dtype is not torch.bool:
-        seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill_(~seen, torch.finfo(mask.dtype).min)
-    shape = (max(mask.shape[0], seen.shape[0]), mask.shape[1], rows)
-    return torch.cat([seen.expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)
