@@ -13,6 +13,8 @@ from softprompt.methods import (
     METHODS,
     CartridgeConfig,
     CartridgeEncoder,
+    CPTConfig,
+    CPTEmbedding,
     MultitaskPromptEmbedding,
     MultitaskPromptTuningConfig,
     MultitaskPromptTuningInit,
@@ -46,6 +48,8 @@ __version__ = "0.1.0"
 __all__ = [
     "KV",
     "METHODS",
+    "CPTConfig",
+    "CPTEmbedding",
     "CartridgeConfig",
     "CartridgeEncoder",
     "CheckpointError",

@@ -53,8 +53,8 @@ def forward_with_context(run: "Run", prompt: Embeddings, inputs: dict[str, Any])
     inputs, placement = plain._placed(inputs, in_rows, "right")
     with run.door.open(kv):
         output = run.base(**inputs)
-    output.loss = context_loss(prompt.context, before, output.logits, placement.columns, labels, types, items)
-    return placement.restore(output)
+    loss = context_loss(prompt.context, before, output.logits, placement.columns, labels, types, items)
+    return placement.restore(type(output)(**{**output, "loss": loss}))  # a new one, in which the loss comes first
 
 
 def context_loss(

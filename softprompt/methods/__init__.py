@@ -8,6 +8,7 @@ from typing import Any
 from softprompt.config import PromptConfig
 from softprompt.errors import ConfigError
 from softprompt.methods.cartridge import CartridgeConfig, CartridgeEncoder
+from softprompt.methods.cpt import CPTConfig, CPTEmbedding
 from softprompt.methods.multitask_prompt_tuning import (
     MultitaskPromptEmbedding,
     MultitaskPromptTuningConfig,
@@ -36,6 +37,8 @@ def get_peft_config(config_dict: dict[str, Any]) -> PromptConfig:
 
 __all__ = [
     "METHODS",
+    "CPTConfig",
+    "CPTEmbedding",
     "CartridgeConfig",
     "CartridgeEncoder",
     "MultitaskPromptEmbedding",

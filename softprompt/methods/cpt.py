@@ -123,10 +123,11 @@ class CPTEmbedding(EmbeddingPrompt):
         "opt_projection_epsilon": 10.0,
         "opt_projection_format_epsilon": 10.0,
     }
-    config: CPTConfig
     embedding: FrozenTable
     centre: Tensor
     radii: Tensor
+    ids: Tensor
+    types: Tensor
 
     def __init__(self, config: CPTConfig, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()
@@ -138,6 +139,9 @@ class CPTEmbedding(EmbeddingPrompt):
         self.delta_embedding = nn.Embedding(rows, width)
         nn.init.zeros_(self.delta_embedding.weight)
         self.register_buffer("centre", torch.zeros(rows, width))
+        self.register_buffer("ids", torch.tensor(config.cpt_token_ids), persistent=False)
+        self.register_buffer("types", torch.tensor(config.cpt_tokens_type_mask), persistent=False)
+        self.decay = config.opt_loss_decay_factor if config.opt_weighted_loss_type == "decay" else 1.0
         self.register_buffer("radii", torch.tensor(projection_radii(config))[:, None], persistent=False)
         if word_embeddings is not None:
             self.start_from(_words(config, word_embeddings))
@@ -169,11 +173,7 @@ class CPTEmbedding(EmbeddingPrompt):
 
     def context(self) -> Context:
         """Which virtual tokens are labels, for the loss."""
-        device, config = self.embedding.weight.device, self.config
-        types = torch.tensor(config.cpt_tokens_type_mask, device=device)
-        ids = torch.tensor(config.cpt_token_ids, device=device)
-        decay = config.opt_loss_decay_factor if config.opt_weighted_loss_type == "decay" else 1.0
-        return Context(ids, types, decay)
+        return Context(self.ids, self.types, self.decay)
 
     def output_layer(self) -> None:
         return None
