@@ -89,7 +89,7 @@ class Cloze:
 
     def encode(self, examples: Sequence[ClozeExample], max_length: int | None = None) -> list[EncodedCloze]:
         """Rows of at most `max_length` tokens, with room for the longest word; fields are cut to fit."""
-        labels = [self.verbalizer.index(example.label, example.where) for example in examples]
+        labels = [self.verbalizer.index(e.label, e.where) if e.label else -1 for e in examples]
         room = max_length
         if max_length is not None and self.answer is Answer.NEXT:
             room = max_length - (self.words.longest - 1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from softprompt.cloze import Cloze, EncodedCloze
 from softprompt.data import IGNORED, Encoded, EncodedLabel, Example, collate, input_rows
 from softprompt.errors import DataError
 
@@ -84,6 +85,49 @@ def predict_labels(
             for place, label in zip(places, model(**batch).logits.argmax(-1).tolist(), strict=True):
                 found[place] = label
     return found
+
+
+def evaluate_cloze(
+    model: nn.Module, cloze: Cloze, encoded: Sequence[EncodedCloze], batch_size: int = 32
+) -> dict[str, float]:
+    """`accuracy` among the labels (P@1 among candidates, named `p_at_1`), `majority` and `loss` in nats per row.
+
+    `majority` is the share of the commonest label: what always answering it would score. A row whose answer is none of
+    the candidates counts as wrong and has no loss; `outside` says how many there are. The loss is of the kind that is
+    trained on.
+    """
+    if not encoded:
+        raise DataError("there are no examples to evaluate; give at least one")
+    scores = _cloze_scores(model, cloze, encoded, batch_size)
+    labels = torch.tensor([row.label for row in encoded])
+    known, counts = labels >= 0, labels[labels >= 0].bincount()
+    if not bool(known.any()):
+        raise DataError("no answer in the data is one of the candidates; give candidates that hold the answers")
+    logs = scores.log_softmax(-1) if cloze.answer_loss == "labels" else scores
+    right = int((scores.argmax(-1) == labels).sum())
+    share = "accuracy" if cloze.verbalizer.closed else "p_at_1"
+    found = {
+        share: right / len(encoded),
+        "loss": float(-logs[known, labels[known]].mean()),
+        "majority": int(counts.max()) / len(encoded),
+        "rows": len(encoded),
+    }
+    return found if bool(known.all()) else {**found, "outside": int((~known).sum())}
+
+
+def predict_cloze(model: nn.Module, cloze: Cloze, encoded: Sequence[EncodedCloze], batch_size: int = 32) -> list[str]:
+    """The likeliest label of each row, in their order."""
+    places = _cloze_scores(model, cloze, encoded, batch_size).argmax(-1).tolist()
+    return [cloze.verbalizer.labels[place] for place in places]
+
+
+def _cloze_scores(model: nn.Module, cloze: Cloze, encoded: Sequence[EncodedCloze], batch_size: int) -> Tensor:
+    """Log-scores of all labels, `[rows, labels]`, on the CPU."""
+    scores = torch.empty(len(encoded), len(cloze.verbalizer.words))
+    with _evaluating(model):
+        for places in _batches_by_length([len(row.input_ids) for row in encoded], batch_size):
+            scores[places] = cloze.scores(model, [encoded[place] for place in places]).cpu()
+    return scores
 
 
 def generate_texts(

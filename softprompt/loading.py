@@ -51,8 +51,12 @@ def load_base(
     label_names: list[str] | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    cloze: bool = False,
 ) -> PreTrainedModel:
-    """The base model in eval mode; with ``label_names`` one that classifies, its head new and seeded by the caller."""
+    """The base model in eval mode; with ``label_names`` one that classifies, its head new and seeded by the caller.
+
+    For a ``cloze`` task a language model of any kind: masked, causal or encoder-decoder, as its config says.
+    """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
@@ -65,14 +69,33 @@ def load_base(
     path = resolve_model(name)
     try:
         with _quiet():
-            model = auto.from_pretrained(path, **options)
+            auto = language_model_class(path) if cloze else auto
+            model, report = auto.from_pretrained(path, output_loading_info=True, **options)
     except MemoryError:
         raise
     except Exception as error:  # a damaged folder raises anything from KeyError to the parsers' own types
         raise _cannot_load("model", name, error) from None
+    if cloze and report["missing_keys"]:
+        raise ConfigError(
+            f"{name} has no weights for predicting words ({len(report['missing_keys'])} tensors of "
+            f"{type(model).__name__} are missing); a cloze task needs a model with its language model's head"
+        )
     if model.config.pad_token_id is None:  # a classifying decoder finds its last real token by this
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.to(pick_device(device)).eval()
+
+
+def language_model_class(path: str) -> Any:
+    """The auto class of the language model that a config describes, by the architecture it was saved with."""
+    from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    config = AutoConfig.from_pretrained(path)
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    saved = (config.architectures or [""])[0]
+    causal = saved.endswith(("ForCausalLM", "LMHeadModel")) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    return AutoModelForCausalLM if causal else AutoModelForMaskedLM
 
 
 @contextmanager

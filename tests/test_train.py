@@ -109,7 +109,7 @@ def test_what_is_saved_is_what_was_measured(workplace: Path, tmp_path: Path) -> 
     result = train(recipe(workplace, tmp_path / "run"))
     tokenizer = load_tokenizer(result.recipe.model)
     base = load_base(result.recipe.model, tokenizer, device="cpu")
-    data = read_source(result.recipe).encode(result.recipe, tokenizer, tiny.CONTEXT)
+    data = read_source(result.recipe).encode(result.recipe, tokenizer, tiny.CONTEXT, base)
     loaded = SoftPromptModel.from_pretrained(base, result.folder)
     assert evaluate_loss(loaded, data.held_out)["loss"] == pytest.approx(result.best["loss"], abs=1e-6)  # type: ignore[arg-type]
 

@@ -54,6 +54,13 @@ class Encoded:
     task: int | None = None
     slots: list[int] | None = None
 
+    def without_slots(self) -> "Encoded":
+        """The row as the frozen model gets it, to compare with: no virtual tokens at all."""
+        if self.slots is None:
+            return self
+        kept = [place for place, slot in enumerate(self.slots) if slot < 0]
+        return Encoded([self.input_ids[place] for place in kept], [self.labels[place] for place in kept], self.task)
+
 
 @dataclass(frozen=True)
 class EncodedLabel:

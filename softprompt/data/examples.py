@@ -58,6 +58,11 @@ def templated(row: Row, template: Template, with_target: bool = True) -> Example
     return Example(" ".join(text.split()), targets, border=border, where=row.where, pieces=pieces)
 
 
+def without_slots(example: Example) -> Example:
+    """The example as the frozen model gets it, to compare with: no virtual tokens at all."""
+    return replace(example, pieces=tuple(piece for piece in example.pieces if not isinstance(piece, Slot)))
+
+
 def is_templated(text: str, template: Template) -> bool:
     """Whether a text begins and ends with the words that the template puts around the input.
 

@@ -16,29 +16,27 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.data import collate
 from softprompt.errors import CheckpointError, ConfigError, RunInterrupted, TrainingError
-from softprompt.evaluate import evaluate_accuracy, evaluate_loss, pad_id
 from softprompt.loading import load_base, load_tokenizer
 from softprompt.model import SoftPromptModel
 from softprompt.recipe import Recipe, require_paths
 from softprompt.train.batches import BatchOrder, batches_per_epoch, rate_factor
 from softprompt.train.build import build_prompt, prompt_config, with_source
 from softprompt.train.multitask import Distillation, teacher_prompts
-from softprompt.train.multitask_data import TaskOrder, evaluate_tasks
+from softprompt.train.multitask_data import TaskOrder
+from softprompt.train.objective import Objective, objective_of, own_loss, quietly
 from softprompt.train.optimizers import build_optimizer
 from softprompt.train.progress import StopRequest, TrainingProgress
-from softprompt.train.run_data import RunData, context_length, read_source
-from softprompt.train.run_folder import RECIPE, STATE, RunFolder
+from softprompt.train.run_data import RunData, context_length, read_source, row_length
+from softprompt.train.run_folder import RECIPE, STATE, VERBALIZER, RunFolder
 from softprompt.train.run_result import Progress, RunResult
+from softprompt.train.tuned_base import save_base, tune_base
 
 # Settings that may differ between a run and its continuation, because no trained number depends on them.
 FREE_TO_CHANGE = ("out", "save_steps", "samples", "max_new_tokens", "eval_batch_size", "keep_encoder")
 
 
 StepHook = Callable[[dict[str, Any]], None]
-LossFunction = Callable[[SoftPromptModel, Mapping[str, Tensor]], tuple[Tensor, dict[str, float]]]
-"""From a model and a batch to the loss, and to its parts by name, which are logged."""
 
 
 def train(
@@ -82,7 +80,7 @@ class Trainer:
         tokenizer: PreTrainedTokenizerBase,
         data: RunData,
         console: Console,
-        loss: LossFunction,
+        objective: Objective,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
@@ -93,12 +91,11 @@ class Trainer:
         self.progress = Progress()
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = build_optimizer(recipe, model, self.trainable)
-        self.loss = loss
+        self.objective = objective
         self.order = _order(recipe, data)
         self.total = total_steps(recipe, len(data.train))
         self.eval_every = recipe.eval_steps or min(self.order.per_epoch, max(1, math.ceil(self.total / 4)))
         self.device = next(model.parameters()).device
-        self.length = context_length(model.geometry, tokenizer) - _given(recipe.num_virtual_tokens)
 
     @classmethod
     def load(cls, recipe: Recipe, folder: RunFolder, state: Mapping[str, Any] | None, console: Console) -> Trainer:
@@ -107,12 +104,19 @@ class Trainer:
         tokenizer = load_tokenizer(recipe.model)
         teachers = teacher_prompts(recipe, folder, console)  # their runs come first
         torch.manual_seed(recipe.seed)  # a classification head is drawn while loading
-        base = load_base(recipe.model, tokenizer, source.label_names, recipe.dtype, recipe.device)
+        cloze = recipe.task == "CLOZE"
+        base = load_base(recipe.model, tokenizer, source.label_names, recipe.dtype, recipe.device, cloze)
         model = build_prompt(recipe, base, tokenizer, source.texts(), start=state is None)
-        data = source.encode(recipe, tokenizer, context_length(model.geometry, tokenizer))
+        context = context_length(model.geometry, tokenizer)
+        data = source.encode(recipe, tokenizer, context, base)
         loss = own_loss if teachers is None else Distillation.of(base, teachers, recipe)
-        trainer = cls(recipe, folder, model, tokenizer, data, console, loss)
+        objective = objective_of(recipe, data, tokenizer, row_length(recipe, context), loss)
+        if recipe.base_learning_rate is not None:
+            tune_base(model, folder.path)
+        trainer = cls(recipe, folder, model, tokenizer, data, console, objective)
         folder.begin(recipe)
+        if data.cloze is not None:
+            folder.write_json(VERBALIZER, data.cloze.verbalizer.to_dict())
         if state is not None:
             trainer.restore(state)
         folder.rewind_metrics(trainer.progress.step or -1)  # a run that stands at 0 measures its start again
@@ -146,9 +150,9 @@ class Trainer:
 
     def _begin(self, display: TrainingProgress, on_step: StepHook | None) -> None:
         """Measure the frozen model and the untrained prompt, and keep the latter as the best so far."""
-        if self.data.held_out and self.recipe.task == "CAUSAL_LM":
+        if self.data.held_out and self.objective.compares:
             with self.model.disable_adapter():
-                self.progress.frozen = self._evaluate()
+                self.progress.frozen = self._evaluate(bare=True)
         row: dict[str, Any] = {"step": 0, **_prefixed("frozen", self.progress.frozen)}
         self.progress.start = self._measure(row)
         self.folder.log(row)
@@ -177,13 +181,13 @@ class Trainer:
     def _step(self, step: int) -> dict[str, Any]:
         """Forward, backward and update for one batch; step counts from 0 here and from 1 in the row."""
         begun = time.perf_counter()
-        batch = collate([self.data.train[n] for n in self.order[step]], pad_id(self.tokenizer))  # type: ignore[misc]
-        tokens = int(batch["attention_mask"].sum())
+        rows = [self.data.train[n] for n in self.order[step]]
+        tokens = sum(len(row.input_ids) for row in rows)
         factor = rate_factor(step, self.total, _given(self.recipe.warmup), _given(self.recipe.schedule))
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self._train_mode()
-        loss, parts = self.loss(self.model, {name: value.to(self.device) for name, value in batch.items()})
+        loss, parts = self.objective.loss(self.model, rows)
         self._must_be_number(loss, "loss", step + 1)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.recipe.clip or math.inf)
@@ -216,15 +220,10 @@ class Trainer:
                 f"in {self.folder.path}"
             )
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, bare: bool = False) -> dict[str, float]:
         """Held-out scores of the model as it is. Draws no random numbers that training would draw."""
-        size, devices = self.recipe.eval_batch_size, [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            if self.recipe.task == "SEQ_CLS":
-                return evaluate_accuracy(self.model, self.data.held_out, size, pad_id(self.tokenizer))  # type: ignore[arg-type]
-            if self.data.task_names is not None:
-                return evaluate_tasks(self.model, self.data.held_out, self.data.task_names, size)  # type: ignore[arg-type]
-            return evaluate_loss(self.model, self.data.held_out, size)  # type: ignore[arg-type]
+        with quietly(self.model):
+            return self.objective.evaluate(self.model, self.data.held_out, self.recipe.eval_batch_size, bare)
 
     def _measure(self, row: dict[str, Any]) -> dict[str, float]:
         """Evaluate, add the scores to ``row``, and keep the prompt if it is the best (or if nothing can tell)."""
@@ -234,6 +233,8 @@ class Trainer:
             return scores
         if not scores or not self.progress.best or _rank(scores) > _rank(self.progress.best):
             self.model.save_pretrained(self.folder.path, keep_encoder=self.recipe.keep_encoder)
+            if self.recipe.base_learning_rate is not None:
+                save_base(self.model, self.tokenizer, self.folder.path)
             self.progress.best, self.progress.best_step = scores, self.progress.step
         return scores
 
@@ -306,11 +307,6 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     return max(1, round(recipe.epochs * batches_per_epoch(examples, _given(recipe.batch_size))))
 
 
-def own_loss(model: SoftPromptModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """The task's loss, as the model has it."""
-    return model(**batch).loss, {}
-
-
 def _order(recipe: Recipe, data: RunData) -> BatchOrder | TaskOrder:
     size = _given(recipe.batch_size)
     if data.task_names is None:
@@ -319,12 +315,12 @@ def _order(recipe: Recipe, data: RunData) -> BatchOrder | TaskOrder:
 
 
 def _rank(scores: Mapping[str, float]) -> tuple[float, float]:
-    """Higher is better: accuracy where there is one, then a lower loss."""
-    return (scores.get("accuracy", 0.0), -scores["loss"])
+    """Higher is better: accuracy or P@1 where there is one, then a lower loss."""
+    return (scores.get("accuracy", scores.get("p_at_1", 0.0)), -scores["loss"])
 
 
 def _prefixed(prefix: str, scores: Mapping[str, float]) -> dict[str, float]:
-    shown = (name for name in scores if name in ("loss", "accuracy") or name.startswith("loss_"))
+    shown = (name for name in scores if name in ("loss", "accuracy", "p_at_1") or name.startswith("loss_"))
     return {f"{prefix}_{name}": scores[name] for name in shown}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,15 +11,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt import initialize_from_text
 from softprompt.checkpoint import load_config
-from softprompt.config import PromptConfig
+from softprompt.cloze import answer_of
+from softprompt.config import EmbeddingConfig, PromptConfig
 from softprompt.errors import ConfigError
 from softprompt.methods import METHODS, MultitaskPromptTuningConfig
 from softprompt.model import SoftPromptModel, get_peft_model
 from softprompt.prompt import SoftPrompt
 from softprompt.recipe import Recipe, did_you_mean, options_for
+from softprompt.recipe_cloze import slots_of
+from softprompt.template import Answer
 from softprompt.train.run_data import starting_text, vocabulary_text
 
-_RECIPE_SETS = ("num_virtual_tokens", "task_type", "peft_type", "inference_mode", "base_model_name_or_path")
+_RECIPE_SETS = ("num_virtual_tokens", "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "template")
+
+
+_TASK_OF_ANSWER = {
+    Answer.NEXT: "CAUSAL_LM",
+    Answer.SENTINEL: "SEQ_2_SEQ_LM",
+    Answer.MASK: None,
+}  # PEFT has no masked LM
 
 
 def prompt_config(recipe: Recipe) -> PromptConfig:
@@ -28,8 +39,9 @@ def prompt_config(recipe: Recipe) -> PromptConfig:
     config_class = METHODS[recipe.method].config_class
     options = options_for(config_class, recipe.method_options, reserved=_RECIPE_SETS)
     assert recipe.num_virtual_tokens is not None
-    options |= _task_options(recipe, METHODS[recipe.method])
-    return config_class(task_type=recipe.task, num_virtual_tokens=recipe.num_virtual_tokens, **options)
+    options |= _task_options(recipe, METHODS[recipe.method]) | _template_options(recipe, config_class)
+    task = None if recipe.task == "CLOZE" else recipe.task
+    return config_class(task_type=task, num_virtual_tokens=recipe.num_virtual_tokens, **options)
 
 
 def _task_options(recipe: Recipe, method: type[SoftPrompt]) -> dict[str, Any]:
@@ -46,6 +58,19 @@ def _task_options(recipe: Recipe, method: type[SoftPrompt]) -> dict[str, Any]:
         number = source_config(recipe.source).task_number(recipe.source_task)
         chosen |= {"prompt_tuning_init": "EXACT_SOURCE_TASK", "prompt_tuning_init_task": number}
     return chosen
+
+
+def _template_options(recipe: Recipe, config_class: type[PromptConfig]) -> dict[str, Any]:
+    """Where the virtual tokens stand inside the template. ``ConfigError`` for a prompt that has no place there."""
+    if not slots_of(recipe):
+        return {}
+    if not issubclass(config_class, EmbeddingConfig):
+        fitting = ", ".join(name for name, each in METHODS.items() if issubclass(each.config_class, EmbeddingConfig))
+        raise ConfigError(
+            f"the template {recipe.template!r} has virtual tokens inside it, but a {recipe.method} prompt has no "
+            f"place in the text; use method: {fitting}"
+        )
+    return {"placement": "template", "template": recipe.template}
 
 
 def with_source(recipe: Recipe) -> Recipe:
@@ -78,7 +103,10 @@ def build_prompt(
     state is about to be loaded.
     """
     torch.manual_seed(recipe.seed)
-    model = get_peft_model(base, prompt_config(recipe))
+    config = prompt_config(recipe)
+    if recipe.task == "CLOZE":
+        config = replace(config, task_type=_TASK_OF_ANSWER[answer_of(base)])
+    model = get_peft_model(base, config)
     text = _start_text(recipe, tokenizer, texts) if start else None
     if text is not None:
         initialize_from_text(model, tokenizer, text)

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softprompt.data import Example, LabelledExample, collate, encode_labels
-from softprompt.evaluate import generate_texts, pad_id
 from softprompt.model import SoftPromptModel
 from softprompt.recipe import Recipe
 from softprompt.report import write_report
 from softprompt.report.nearest import nearest_tokens
 from softprompt.train.run_folder import SAMPLES, SUMMARY
+from softprompt.train.tuned_base import restore_base
 
 if TYPE_CHECKING:
     from softprompt.train import Trainer
@@ -30,6 +29,8 @@ _KEPT = "kept"  # the name under which the saved prompt is loaded beside the one
 def finish(trainer: Trainer, result: RunResult) -> None:
     """Write ``samples.json``, ``summary.json`` and ``report.html`` into the run's folder."""
     folder = trainer.folder
+    if trainer.recipe.base_learning_rate is not None:
+        restore_base(trainer.model, folder.path)
     with _kept_prompt(trainer.model, folder.path):
         folder.write_json(SAMPLES, _samples(trainer))
         folder.write_json(SUMMARY, _summary(trainer, result))
@@ -50,48 +51,21 @@ def _kept_prompt(model: SoftPromptModel, folder: Path) -> Iterator[None]:
 
 
 def _samples(trainer: Trainer) -> list[dict[str, Any]]:
-    shown = trainer.data.shown
+    """Answers with the prompt and, unless the base model has been tuned too or had no head before, without it."""
+    shown, objective, size = trainer.data.shown, trainer.objective, trainer.recipe.eval_batch_size
     if not shown:
         return []
-    after = _answers(trainer)
-    if trainer.recipe.task == "SEQ_CLS":  # the head is new, so there is no answer before training to compare with
-        before = [""] * len(shown)
-    else:
+    after = objective.answers(trainer.model, shown, size)
+    before = [""] * len(shown)
+    if _compares(trainer):
         with trainer.model.disable_adapter():
-            before = _answers(trainer)
+            before = objective.answers(trainer.model, shown, size, bare=True)
     rows = zip(shown, before, after, strict=True)
-    return [{**_shown(example, trainer.data.label_names), "before": b, "after": a} for example, b, a in rows]
+    return [{**objective.shown(example), "before": b, "after": a} for example, b, a in rows]
 
 
-def _shown(example: Example | LabelledExample, names: list[str] | None) -> dict[str, Any]:
-    if isinstance(example, LabelledExample):
-        assert names is not None
-        return {"input": example.text, "references": [names[example.label]]}
-    turns = example.messages[:-1] if example.messages else []
-    chat = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-    return {"input": chat or example.input, "references": list(example.targets)}
-
-
-def _answers(trainer: Trainer) -> list[str]:
-    shown, recipe = trainer.data.shown, trainer.recipe
-    if recipe.task != "SEQ_CLS":
-        inputs: Any = shown
-        return generate_texts(
-            trainer.model, trainer.tokenizer, inputs, recipe.max_new_tokens, batch_size=recipe.eval_batch_size
-        )
-    return _labels(trainer)
-
-
-@torch.no_grad()
-def _labels(trainer: Trainer) -> list[str]:
-    names, shown = trainer.data.label_names, trainer.data.shown
-    assert names is not None
-    rows = encode_labels(shown, trainer.tokenizer, trainer.length, truncate=True)  # type: ignore[arg-type]
-    batch = collate(rows, pad_id(trainer.tokenizer))
-    batch.pop("labels")
-    trainer.model.eval()
-    logits = trainer.model(**{name: value.to(trainer.device) for name, value in batch.items()}).logits
-    return [names[number] for number in logits.argmax(-1).tolist()]
+def _compares(trainer: Trainer) -> bool:
+    return trainer.objective.compares and trainer.recipe.base_learning_rate is None
 
 
 def _summary(trainer: Trainer, result: RunResult) -> dict[str, Any]:
@@ -107,7 +81,7 @@ def _summary(trainer: Trainer, result: RunResult) -> dict[str, Any]:
         "frozen": result.frozen,
         "start": result.start,
         "best": result.best,
-        "classifies": recipe.task == "SEQ_CLS",
+        "classifies": not _compares(trainer),
         "label_names": trainer.data.label_names,
         "train_examples": len(trainer.data.train),
         "eval_examples": len(trainer.data.held_out),

@@ -8,7 +8,7 @@ from typing import final
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.data import Encoded, Example, encode_all, expand, load_examples
 from softprompt.evaluate import evaluate_loss
@@ -43,7 +43,9 @@ class TaskSource(Source):
     def texts(self) -> list[str]:
         return [as_text(example) for example in self.train]
 
-    def encode(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> RunData:
+    def encode(
+        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int, base: PreTrainedModel
+    ) -> RunData:
         """Held-out pairs and samples are shared out evenly among the tasks."""
         length, count = row_length(recipe, context), len(self.names)
         pairs = self._of_each(expand(self.held_out), max(1, (recipe.eval_limit or EVAL_PAIRS) // count))

@@ -67,14 +67,21 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The recipe's optimiser.
 
-    One group for the prompt and, where there is such a thing, one for what each of several tasks has of its own and one
-    for a head.
+    One group for the prompt and, where there is such a thing, one for what each of several tasks has of its own, one
+    for a head and one for a base model that is tuned too.
     """
     assert recipe.beta1 is not None and recipe.beta2 is not None  # the recipe is resolved
     encoder = model.encoder()
     own = {id(parameter): "task" for name, parameter in encoder.named_parameters() if name in encoder.task_parameters}
     kinds = {id(parameter): "prompt" for parameter in encoder.parameters()} | own
-    rates = {"prompt": recipe.learning_rate, "task": recipe.task_learning_rate, "head": recipe.head_learning_rate}
+    if recipe.base_learning_rate is not None:
+        kinds |= {id(parameter): "base" for parameter in model.get_base_model().parameters()}
+    rates = {
+        "prompt": recipe.learning_rate,
+        "task": recipe.task_learning_rate,
+        "head": recipe.head_learning_rate,
+        "base": recipe.base_learning_rate,
+    }
     groups = [
         {"params": [p for p in trainable.values() if kinds.get(id(p), "head") == kind], "peak": rate, "lr": rate}
         for kind, rate in rates.items()

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, final
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from softprompt.cloze import Cloze, EncodedCloze
 from softprompt.data import (
     Encoded,
     EncodedLabel,
@@ -22,8 +23,10 @@ from softprompt.data import (
     load_examples,
     load_labelled,
 )
+from softprompt.data.cloze import ClozeExample
 from softprompt.geometry import Geometry
 from softprompt.recipe import Recipe
+from softprompt.recipe_cloze import slots_of
 from softprompt.train.batches import spread
 
 EVAL_PAIRS = 400  # held-out pairs scored during training unless the recipe says otherwise; `softprompt eval` takes all
@@ -38,11 +41,12 @@ class RunData:
     ``task_names`` is set where there are several tasks; then every row says which it belongs to.
     """
 
-    train: Sequence[Encoded] | Sequence[EncodedLabel]
-    held_out: Sequence[Encoded] | Sequence[EncodedLabel]
-    shown: Sequence[Example] | Sequence[LabelledExample]
+    train: Sequence[Encoded] | Sequence[EncodedLabel] | Sequence[EncodedCloze]
+    held_out: Sequence[Encoded] | Sequence[EncodedLabel] | Sequence[EncodedCloze]
+    shown: Sequence[Example] | Sequence[LabelledExample] | Sequence[ClozeExample]
     label_names: list[str] | None = None
     task_names: list[str] | None = None
+    cloze: Cloze | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -55,7 +59,7 @@ class RunData:
             digest.update(b"part")
             for row in part:
                 labels = row.labels if isinstance(row, Encoded) else [row.label]
-                task = () if isinstance(row, EncodedLabel) or row.task is None else (row.task,)
+                task = (row.task,) if isinstance(row, Encoded) and row.task is not None else ()
                 digest.update(repr((row.input_ids, labels, *task)).encode())
         return digest.hexdigest()
 
@@ -70,8 +74,10 @@ class Source(ABC):
         """The training examples as plain text, to start a prompt from."""
 
     @abstractmethod
-    def encode(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> RunData:
-        """Tokenise once. ``context`` is the model's length in tokens; the prompt takes its share of it."""
+    def encode(
+        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int, base: PreTrainedModel
+    ) -> RunData:
+        """Tokenise once. ``context`` is the length of ``base`` in tokens; the prompt takes its share of it."""
 
 
 @final
@@ -91,7 +97,9 @@ class TextSource(Source):
     def texts(self) -> list[str]:
         return [as_text(example) for example in self.train]
 
-    def encode(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> RunData:
+    def encode(
+        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int, base: PreTrainedModel
+    ) -> RunData:
         length = row_length(recipe, context)
         pairs = _spread(expand(self.held_out), recipe.eval_limit or EVAL_PAIRS)
         shown = _spread(self.held_out or self.train, recipe.samples)
@@ -119,7 +127,9 @@ class LabelSource(Source):
     def texts(self) -> list[str]:
         return [example.text for example in self.train]
 
-    def encode(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> RunData:
+    def encode(
+        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int, base: PreTrainedModel
+    ) -> RunData:
         length = row_length(recipe, context)
         held_out = _spread(self.held_out, recipe.eval_limit or len(self.held_out))
         shown = _spread(self.held_out or self.train, recipe.samples)
@@ -133,6 +143,10 @@ def read_source(recipe: Recipe) -> Source:
         from softprompt.train.multitask_data import TaskSource  # here because that module builds on this one
 
         return TaskSource.read(recipe)
+    if recipe.task == "CLOZE":
+        from softprompt.train.cloze_data import ClozeSource  # likewise
+
+        return ClozeSource.read(recipe)
     return LabelSource.read(recipe) if recipe.task == "SEQ_CLS" else TextSource.read(recipe)
 
 
@@ -178,8 +192,8 @@ def _count(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def row_length(recipe: Recipe, context: int) -> int:
-    """How many real tokens a row may have."""
-    room = context - (recipe.num_virtual_tokens or 0)
+    """How many tokens a row may have: real ones, and the virtual ones that stand inside it."""
+    room = context if slots_of(recipe) else context - (recipe.num_virtual_tokens or 0)
     return min(recipe.max_length or room, room)
 
 

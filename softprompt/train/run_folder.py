@@ -4,6 +4,7 @@ adapter_config.json, adapter_model.safetensors   the best prompt so far (readabl
 recipe.yaml      the recipe as run                metrics.jsonl   one JSON object per logged step
 samples.json     answers before and after         summary.json    numbers, versions, nearest tokens
 report.html      all of it to look at             checkpoint/     what --resume needs
+verbalizer.json  of a cloze task: its words   base/           the base model, where it was tuned too
 teachers/        of a run of several tasks: each one's plain prompt, a run folder too
 """
 
@@ -28,6 +29,8 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.json"
 SUMMARY = "summary.json"
 REPORT = "report.html"
+VERBALIZER = "verbalizer.json"
+BASE = "base"
 STATE = "checkpoint/state.pt"
 STATE_VERSION = 1
 
@@ -155,7 +158,7 @@ def remove_run(path: str | Path) -> None:
     folder = Path(path)
     if not folder.exists():
         return
-    ours = {RECIPE, METRICS, SAMPLES, SUMMARY, REPORT, "checkpoint", "teachers", "README.md"}
+    ours = {RECIPE, METRICS, SAMPLES, SUMMARY, REPORT, "checkpoint", "teachers", VERBALIZER, BASE, "README.md"}
     ours |= {"adapter_config.json", "adapter_model.safetensors", "encoder.safetensors"}
     strangers = sorted(
         item.name for item in folder.iterdir() if item.name not in ours and not item.name.endswith(".tmp")

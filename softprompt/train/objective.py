@@ -1,0 +1,159 @@
+"""What the rows of a run ask of a model: the loss to train on, the scores to be judged by, the answers to show."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from softprompt.cloze import Cloze
+from softprompt.data import Example, LabelledExample, collate, encode_labels
+from softprompt.data.cloze import ClozeExample, as_text
+from softprompt.data.examples import without_slots as bare_example
+from softprompt.evaluate import (
+    evaluate_accuracy,
+    evaluate_cloze,
+    evaluate_loss,
+    generate_texts,
+    pad_id,
+    predict_cloze,
+    predict_labels,
+)
+from softprompt.model import SoftPromptModel
+from softprompt.recipe import Recipe
+from softprompt.train.multitask_data import evaluate_tasks
+from softprompt.train.run_data import RunData
+
+LossFunction = Callable[[SoftPromptModel, Mapping[str, Tensor]], tuple[Tensor, dict[str, float]]]
+"""From a model and a batch to the loss, and to its parts by name, which are logged."""
+
+
+class Objective(ABC):
+    """`compares`: the frozen model can be measured by the same rows, without the virtual tokens inside them."""
+
+    compares: bool = True
+
+    @abstractmethod
+    def loss(self, model: SoftPromptModel, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
+        """The loss of one batch, and its parts by name, which are logged."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, rows: Sequence[Any], batch_size: int, bare: bool = False) -> dict[str, float]:
+        """Scores by name, `loss` among them; `bare` for the model without its prompt."""
+
+    @abstractmethod
+    def answers(self, model: SoftPromptModel, shown: Sequence[Any], batch_size: int, bare: bool = False) -> list[str]:
+        """The model's answers to examples."""
+
+    @abstractmethod
+    def shown(self, example: Any) -> dict[str, Any]:
+        """An example for the report: its input as text, and its references."""
+
+
+def own_loss(model: SoftPromptModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """The task's loss, as the model has it."""
+    return model(**batch).loss, {}
+
+
+def _on(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+@final
+@dataclass(frozen=True)
+class TextObjective(Objective):
+    """Targets to write."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    task_names: list[str] | None
+    function: LossFunction
+
+    def loss(self, model: SoftPromptModel, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
+        return self.function(model, _on(model, collate(rows, pad_id(self.tokenizer))))
+
+    def evaluate(self, model: nn.Module, rows: Sequence[Any], batch_size: int, bare: bool = False) -> dict[str, float]:
+        rows = [row.without_slots() for row in rows] if bare else rows
+        if self.task_names is not None:
+            return evaluate_tasks(model, rows, self.task_names, batch_size)
+        return evaluate_loss(model, rows, batch_size)
+
+    def answers(self, model: SoftPromptModel, shown: Sequence[Any], batch_size: int, bare: bool = False) -> list[str]:
+        shown = [bare_example(example) for example in shown] if bare else shown
+        return generate_texts(model, self.tokenizer, shown, self.max_new_tokens, batch_size=batch_size)
+
+    def shown(self, example: Example) -> dict[str, Any]:
+        turns = example.messages[:-1] if example.messages else []
+        chat = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        return {"input": chat or example.input, "references": list(example.targets)}
+
+
+@final
+@dataclass(frozen=True)
+class LabelObjective(Objective):
+    """Classes to choose with a classifier, which is new: the frozen model has none."""
+
+    tokenizer: PreTrainedTokenizerBase
+    label_names: list[str]
+    length: int
+    compares = False
+
+    def loss(self, model: SoftPromptModel, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
+        return own_loss(model, _on(model, collate(rows, pad_id(self.tokenizer))))
+
+    def evaluate(self, model: nn.Module, rows: Sequence[Any], batch_size: int, bare: bool = False) -> dict[str, float]:
+        return evaluate_accuracy(model, rows, batch_size, pad_id(self.tokenizer))
+
+    def answers(self, model: SoftPromptModel, shown: Sequence[Any], batch_size: int, bare: bool = False) -> list[str]:
+        rows = encode_labels(shown, self.tokenizer, self.length, truncate=True)
+        places = predict_labels(model, rows, batch_size, pad_id(self.tokenizer))
+        return [self.label_names[place] for place in places]
+
+    def shown(self, example: LabelledExample) -> dict[str, Any]:
+        return {"input": example.text, "references": [self.label_names[example.label]]}
+
+
+@final
+@dataclass(frozen=True)
+class ClozeObjective(Objective):
+    """Labels to choose by their words."""
+
+    cloze: Cloze
+    length: int
+
+    def loss(self, model: SoftPromptModel, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
+        return self.cloze.loss(model, rows), {}
+
+    def evaluate(self, model: nn.Module, rows: Sequence[Any], batch_size: int, bare: bool = False) -> dict[str, float]:
+        return evaluate_cloze(model, self.cloze, [row.without_slots() for row in rows] if bare else rows, batch_size)
+
+    def answers(self, model: SoftPromptModel, shown: Sequence[Any], batch_size: int, bare: bool = False) -> list[str]:
+        rows = self.cloze.encode([replace(example, label="") for example in shown], self.length)
+        rows = [row.without_slots() for row in rows] if bare else rows
+        return predict_cloze(model, self.cloze, rows, batch_size)
+
+    def shown(self, example: ClozeExample) -> dict[str, Any]:
+        return {"input": as_text(example, self.cloze.template, "[MASK]"), "references": [example.label]}
+
+
+def objective_of(
+    recipe: Recipe, data: RunData, tokenizer: PreTrainedTokenizerBase, length: int, loss: LossFunction = own_loss
+) -> Objective:
+    """What a recipe trains on; `length` is the longest row in tokens, `loss` another loss than the task's own."""
+    if data.cloze is not None:
+        return ClozeObjective(data.cloze, length)
+    if data.label_names is not None:
+        return LabelObjective(tokenizer, data.label_names, length)
+    return TextObjective(tokenizer, recipe.max_new_tokens, data.task_names, loss)
+
+
+def quietly(model: nn.Module) -> Any:
+    """A context in which no random numbers are drawn that training would draw."""
+    device = next(model.parameters()).device
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
