@@ -53,6 +53,23 @@ def decodes_row(inputs: dict[str, Any]) -> bool:
     return labels is None or labels.ndim < 2 or labels.is_floating_point()
 
 
+def beyond_text(inputs: dict[str, Any]) -> bool:
+    """Whether images, videos or sounds come with the row, whose places the model finds by the ids."""
+    return any(name.startswith(("pixel_values", "image_", "video_", "input_features")) for name in inputs)
+
+
+def check_first_labels(inputs: dict[str, Any]) -> None:
+    """ConfigError if a row's first real token has a label, where no virtual token stands in the row to predict it."""
+    labels, mask = inputs["labels"], inputs.get("attention_mask")
+    real = torch.ones_like(labels, dtype=torch.bool) if mask is None else (mask != 0).to(labels.device)
+    first = real & (real.cumsum(1) == 1)
+    if bool((labels[first] != -100).any()):
+        raise ConfigError(
+            "a row with images (or videos, or sounds) has a label on its first token, which nothing predicts there; "
+            "set labels of the input to −100."
+        )
+
+
 def without_cache(inputs: dict[str, Any]) -> dict[str, Any]:
     """A cache would hold the row as it was rearranged, and its virtual token as if it were a real one."""
     if inputs.get("past_key_values") is not None:

@@ -7,6 +7,7 @@
 - embeddings on encoder-decoders: in the encoder's rows (`doors.encoder`).
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,16 @@ from softprompt.doors.encoder import cut, open_encoder
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.fold import fold
 from softprompt.geometry import Geometry
-from softprompt.inputs import cached, decodes_row, labels_tokens, packed, with_mask, without_cache
+from softprompt.inputs import (
+    beyond_text,
+    cached,
+    check_first_labels,
+    decodes_row,
+    labels_tokens,
+    packed,
+    with_mask,
+    without_cache,
+)
 from softprompt.losses import with_span_loss
 from softprompt.prompt import KV, Embeddings
 
@@ -85,12 +95,26 @@ class Run:
     def _forward(self, inputs: dict[str, Any]) -> Any:
         if self.geometry.encoder_decoder:
             return self._forward_encoder_decoder(inputs)
+        if beyond_text(inputs):
+            return self._forward_beyond_text(inputs)
         if not self.geometry.causal or labels_tokens(inputs):
             return self._forward_rows(inputs)
         if self.folds:
             with self.door.open(self.as_kv()):
                 return self.base(**inputs)
         return self._forward_open_rows(inputs)
+
+    def _forward_beyond_text(self, inputs: dict[str, Any]) -> Any:
+        """Rows with images and the like stay as they are: the model looks for their places among the ids."""
+        if not (self.folds and self.geometry.causal):
+            raise UnsupportedError(
+                f"this prompt stands inside the rows of {type(self.base).__name__}, which cannot have images or other "
+                "media there; use a model of attention alone with placement='front', or prefix_tuning."
+            )
+        if labels_tokens(inputs):
+            check_first_labels(inputs)
+        with self.door.open(self.as_kv()):
+            return self.base(**inputs)
 
     def _forward_rows(self, inputs: dict[str, Any]) -> Any:
         """Where a row's own columns matter: on encoders (heads read column 0), and with a label for every token."""
@@ -161,14 +185,18 @@ class Run:
 
     def _forward_encoder_decoder(self, inputs: dict[str, Any]) -> Any:
         kv, vectors = (self.prompt, None) if isinstance(self.prompt, KV) else (None, self.prompt)
-        after_first, slots, placement = self.placement is Placement.AFTER_BOS, self.slots, None
+        slots, placement = self.slots, None
         if decodes_row(inputs):  # the decoder has no mask for it, so padding must stand behind
             inputs, placement = place(inputs, None, None, causal=False)
             if slots is not None and placement.columns is not None:
                 slots = take(slots, placement.columns.argsort(dim=1).to(slots.device), 1)
-        with self.door.open(kv), open_encoder(self.base, vectors, slots, after_first):
+        with self.door.open(kv), self._open_encoder(vectors, slots):
             output = cut(self.base(**inputs), vectors.length if vectors is not None and slots is None else 0)
         return output if placement is None else placement.restore(output)
+
+    def _open_encoder(self, vectors: Embeddings | None, slots: Tensor | None) -> AbstractContextManager[None]:
+        after_first = self.placement is Placement.AFTER_BOS
+        return open_encoder(self.base, vectors, slots, after_first, self.door.learned_positions)
 
     # ---- generate ------------------------------------------------------------------------------------------------
 
@@ -177,8 +205,7 @@ class Run:
         generate: Any = self.base.generate
         if self.geometry.encoder_decoder:
             kv, vectors = (self.prompt, None) if isinstance(self.prompt, KV) else (None, self.prompt)
-            after_first = self.placement is Placement.AFTER_BOS
-            with self.door.open(kv), open_encoder(self.base, vectors, self.slots, after_first):
+            with self.door.open(kv), self._open_encoder(vectors, self.slots):
                 output = generate(*args, **kwargs)
             return cut(output, vectors.length if vectors is not None and self.slots is None else 0)
         if self.folds:

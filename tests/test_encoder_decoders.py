@@ -267,3 +267,12 @@ def test_generate_leaves_the_model_unchanged_when_it_raises() -> None:
     assert torch.equal(base.generate(**source, max_new_tokens=3), before)
     row = source["input_ids"][1:2]  # without padding
     assert torch.equal(model.generate(row, max_new_tokens=3), model.generate(input_ids=row, max_new_tokens=3))
+
+
+def test_a_source_beyond_the_learned_positions_is_refused() -> None:
+    model = make("bart", METHODS["prompt_tuning"]())
+    limit = model.get_base_model().config.max_position_embeddings
+    ids = torch.full((1, limit - 3), 5)
+    with pytest.raises(ConfigError, match=rf"{limit + 1} tokens, the virtual ones included.*{limit} learned"):
+        model(input_ids=ids, labels=torch.tensor([[5, 6]]))
+    model(input_ids=ids[:, 1:], labels=torch.tensor([[5, 6]]))

@@ -22,14 +22,21 @@ Hook = Callable[..., Any]
 
 @contextmanager
 def open_encoder(
-    base: PreTrainedModel, prompt: Embeddings | None, slots: Tensor | None = None, after_first: bool = False
+    base: PreTrainedModel,
+    prompt: Embeddings | None,
+    slots: Tensor | None = None,
+    after_first: bool = False,
+    limit: int | None = None,
 ) -> Iterator[None]:
-    """Inside the block the encoder's rows are arranged, with `prompt` in front of them (or at their `slots`)."""
+    """Inside the block the encoder's rows are arranged, with `prompt` in front of them (or at their `slots`).
+
+    `limit` is how many learned positions there are; ConfigError for a longer row.
+    """
     encoder, decoder = base.get_encoder(), base.get_decoder()
     count = 0 if prompt is None or slots is not None else prompt.length
     places: list[Tensor] = []
     handles = [
-        encoder.register_forward_pre_hook(_enter(prompt, slots, after_first, places), with_kwargs=True),
+        encoder.register_forward_pre_hook(_enter(prompt, slots, after_first, places, limit), with_kwargs=True),
         encoder.register_forward_hook(_leave(count, places)),
         decoder.register_forward_pre_hook(_widen_cross(count), with_kwargs=True),
     ]
@@ -40,7 +47,9 @@ def open_encoder(
             handle.remove()
 
 
-def _enter(prompt: Embeddings | None, slots: Tensor | None, after_first: bool, places: list[Tensor]) -> Hook:
+def _enter(
+    prompt: Embeddings | None, slots: Tensor | None, after_first: bool, places: list[Tensor], limit: int | None
+) -> Hook:
     def hook(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         inputs = {**({"input_ids": args[0]} if args else {}), **kwargs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -53,6 +62,11 @@ def _enter(prompt: Embeddings | None, slots: Tensor | None, after_first: bool, p
             else:
                 vectors = prompt.per_row(embedded.shape[0])
         placed, placement = place(inputs, vectors, embedded, after_first=after_first, causal=False)
+        if limit is not None and placement.width > limit:
+            raise ConfigError(
+                f"{placement.width} tokens, the virtual ones included, do not fit into this encoder's {limit} learned "
+                "positions; shorten the text or use fewer virtual tokens."
+            )
         columns = placement.columns
         if columns is not None:
             places.append(columns)
