@@ -7,7 +7,7 @@ through the plain formulation, `together` a batch through the library; both give
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import families
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
-from softprompt import METHODS, Embeddings, PromptConfig, SoftPromptModel, get_peft_model
+from softprompt import METHODS, Embeddings, SoftPromptModel, TaskType, get_peft_model
 from softprompt.prompt import KVPrompt
 
 TOKENS = 4  # virtual ones
@@ -50,12 +50,20 @@ class Cell:
 
     @property
     def refusal(self) -> str | None:
-        """What the refusal must say where the cell cannot exist."""
-        return families.FAMILIES[self.family].no_keys if issubclass(METHODS[self.method], KVPrompt) else None
+        """What the refusal must say where the cell cannot exist: which kind of prompt, or which head, it is about."""
+        method, family = METHODS[self.method], families.FAMILIES[self.family]
+        if self.task not in [str(each) for each in method.task_types] and method.task_types != tuple(TaskType):
+            return method.peft_type
+        return family.no_keys if issubclass(method, KVPrompt) else None
 
-    def config(self) -> PromptConfig:
-        task_type = None if self.task == "MASKED_LM" else self.task
-        return METHODS[self.method].config_class(task_type=task_type, num_virtual_tokens=TOKENS)
+    @property
+    def tasks(self) -> int:
+        """How many tasks the prompt has, each row being of one; 0 where there are no tasks."""
+        return self.config().num_tasks if METHODS[self.method].task_parameters else 0
+
+    def config(self) -> Any:
+        method, task_type = METHODS[self.method], None if self.task == "MASKED_LM" else self.task
+        return method.config_class(task_type=task_type, num_virtual_tokens=TOKENS, **method.example)
 
     def model(self) -> SoftPromptModel:
         """A new, seeded model with its prompt, in eval mode. UnsupportedError for a cell that cannot exist."""
@@ -80,11 +88,19 @@ def cells() -> Iterator[Cell]:
 
 @dataclass(frozen=True)
 class Row:
-    """One row: `ids` `[t]`, and what its task is trained with: one label, a span, or one entry per token."""
+    """One row: `ids` `[t]`, and what its head is trained with: one label, a span, or one entry per token.
+
+    `task_ids` `[1]` is the row's task of a prompt with several.
+    """
 
     ids: Tensor
     target: Tensor
     decoder: Tensor | None = None
+    task_ids: Tensor | None = None
+
+    @property
+    def of_task(self) -> dict[str, Tensor]:
+        return {} if self.task_ids is None else {"task_ids": self.task_ids}
 
 
 def rows(cell: Cell, seed: int = 0) -> list[Row]:
@@ -94,7 +110,10 @@ def rows(cell: Cell, seed: int = 0) -> list[Row]:
     def draw(count: int, choices: range) -> Tensor:
         return torch.randint(choices.start, choices.stop, (count,), generator=random)
 
-    return [_row(cell, torch.cat([draw(length - 1, WORDS), torch.tensor([tiny.EOS])]), draw) for length in LENGTHS]
+    found = [_row(cell, torch.cat([draw(length - 1, WORDS), torch.tensor([tiny.EOS])]), draw) for length in LENGTHS]
+    if not cell.tasks:
+        return found
+    return [replace(row, task_ids=torch.tensor([number % cell.tasks])) for number, row in enumerate(found)]
 
 
 def _row(cell: Cell, ids: Tensor, draw: Callable[[int, range], Tensor]) -> Row:
@@ -124,6 +143,8 @@ def collate(cell: Cell, some: list[Row], side: str) -> dict[str, Tensor]:
     batch = {"input_ids": ids, "attention_mask": mask}
     if cell.task == "FEATURE_EXTRACTION" and cell.decodes:
         batch["decoder_input_ids"] = pad([row.decoder for row in some if row.decoder is not None], tiny.PAD, "right")
+    if cell.tasks:
+        batch["task_ids"] = torch.cat([row.task_ids for row in some if row.task_ids is not None])
     if cell.task == "SEQ_2_SEQ_LM":
         batch["labels"] = pad([row.target for row in some], -100, "right")
     return batch
@@ -154,23 +175,30 @@ def pad(parts: list[Tensor], filler: int, side: str) -> Tensor:
 
 
 def alone(cell: Cell, model: SoftPromptModel, row: Row) -> Outputs:
-    """The plain formulation's outputs for real tokens `[t, …]`; `first` is the logits at the last virtual token."""
-    prompt, base, ids = model.encoder().prompt(), model.get_base_model(), row.ids[None]
+    """The plain formulation's outputs for real tokens `[t, …]`; `virtual` are the logits at the virtual tokens."""
+    prompt, base = naive.own_prompt(model, **row.of_task), model.get_base_model()
     more = {}
     if cell.decodes:
-        more = (
-            {"decoder_input_ids": row.decoder[None]}
-            if cell.task == "FEATURE_EXTRACTION"
-            else {"labels": row.target[None]}
-        )
-    out = naive.run(base, prompt, ids, **more)
+        labels = cell.task == "SEQ_2_SEQ_LM"
+        more = {"labels": row.target[None]} if labels else {"decoder_input_ids": row.decoder[None]}
+    out = naive.run(base, prompt, row.ids[None], **more)
     found = {name: out[name][0] for name in OUTPUTS.get(cell.task, ("logits",))}
     if isinstance(prompt, Embeddings) and cell.task != "SEQ_CLS" and not naive.encodes_and_decodes(base):
         in_front = {name: value[: prompt.length] for name, value in found.items()}
         found = {name: value[prompt.length :] for name, value in found.items()}
         if cell.task == "CAUSAL_LM":
-            found["first"] = in_front["logits"][-1:]
+            found["virtual"] = in_front["logits"]
+            found["virtual_labels"], found["virtual_weights"] = _answers(prompt)
     return found
+
+
+def _answers(prompt: Embeddings) -> tuple[Tensor, Tensor]:
+    """Labels of the virtual tokens and how much they count: those of a text with one answer before the row's own."""
+    labels, context = torch.full((prompt.length,), -100), prompt.context
+    if context is None:
+        return labels, torch.zeros(prompt.length)
+    labels[context.types == 4] = context.ids[context.types == 4]
+    return labels, torch.full((prompt.length,), context.decay)
 
 
 def together(cell: Cell, output: Any, some: list[Row], side: str) -> list[Outputs]:
@@ -199,15 +227,20 @@ def loss(cell: Cell, outputs: list[Outputs], some: list[Row]) -> Tensor:
             for at, name in enumerate(OUTPUTS[cell.task])
         ]
         return torch.stack(parts).mean()
-    predicted, targets = [], []
+    predicted, targets, weights = [], [], []
     for each, row in zip(outputs, some, strict=True):
-        scores, target = each["logits"], row.target
-        if cell.task == "CAUSAL_LM":
-            scores, target = (torch.cat([each["first"], scores]), target) if "first" in each else (scores, target[1:])
-            scores = scores[:-1]
+        scores, target, weight = each["logits"], row.target, torch.ones(len(row.target))
+        if "virtual" in each:
+            scores = torch.cat([each["virtual"], scores])
+            target = torch.cat([each["virtual_labels"], target])
+            weight = torch.cat([each["virtual_weights"], weight])
+        if cell.task == "CAUSAL_LM":  # every token but the very first is predicted by the one before it
+            scores, target, weight = scores[:-1], target[1:], weight[1:]
         predicted.append(scores.view(len(target), -1))
         targets.append(target)
-    return cross_entropy(torch.cat(predicted), torch.cat(targets))
+        weights.append(weight)
+    every, target = cross_entropy(torch.cat(predicted), torch.cat(targets), reduction="none"), torch.cat(targets)
+    return (every * torch.cat(weights)).sum() / (target != -100).sum()
 
 
 def library_loss(cell: Cell, model: SoftPromptModel, some: list[Row], side: str) -> Tensor:

@@ -23,6 +23,12 @@ def rows(batch: dict[str, Tensor]) -> list[Tensor]:
     return [ids[mask.bool()][None] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
 
 
+def own_prompt(model: SoftPromptModel, task_ids: Tensor | None = None) -> Embeddings | KV:
+    """The prompt of one row, `task_ids` `[1]` being its task where the prompt has several."""
+    prompt = model.encoder().prompt() if task_ids is None else model.encoder().prompt(task_ids)
+    return Embeddings(prompt.per_row(1)) if isinstance(prompt, Embeddings) else prompt
+
+
 def run(base: PreTrainedModel, prompt: Embeddings | KV, ids: Tensor, **more: Any) -> ModelOutput:
     """The base model's output for one row `ids` `[1, t]` and its prompt; embedding prompts cover p more columns."""
     if isinstance(prompt, KV):
@@ -159,9 +165,9 @@ def _wider(base: PreTrainedModel, bias: Tensor, length: int) -> Tensor:
 # ---- language models ---------------------------------------------------------------------------------------------
 
 
-def logits(model: SoftPromptModel, row: Tensor) -> tuple[Tensor, Tensor | None]:
+def logits(model: SoftPromptModel, row: Tensor, **of_task: Tensor) -> tuple[Tensor, Tensor | None]:
     """Logits of the row's real tokens `[1, t, V]`, and of the last virtual token `[1, 1, V]` where there is one."""
-    prompt = model.encoder().prompt()
+    prompt = own_prompt(model, **of_task)
     out = run(model.get_base_model(), prompt, row).logits
     if isinstance(prompt, KV):
         return out, None
@@ -181,17 +187,17 @@ def loss(model: SoftPromptModel, batch: dict[str, Tensor], labels: Tensor) -> Te
     return total / count
 
 
-def greedy(model: SoftPromptModel, row: Tensor, steps: int) -> Tensor:
+def greedy(model: SoftPromptModel, row: Tensor, steps: int, **of_task: Tensor) -> Tensor:
     """The next `steps` tokens by recomputing the whole row each time."""
     for _ in range(steps):
-        out, _ = logits(model, row)
+        out, _ = logits(model, row, **of_task)
         row = torch.cat([row, out[:, -1:].argmax(-1)], dim=1)
     return row[:, -steps:]
 
 
-def decode(model: SoftPromptModel, row: Tensor, steps: int) -> Tensor:
+def decode(model: SoftPromptModel, row: Tensor, steps: int, **of_task: Tensor) -> Tensor:
     """The next `steps` tokens of an encoder-decoder, by recomputing everything each time."""
-    base, prompt = model.get_base_model(), model.encoder().prompt()
+    base, prompt = model.get_base_model(), own_prompt(model, **of_task)
     written = torch.tensor([[base.config.decoder_start_token_id]])
     for _ in range(steps):
         out = run(base, prompt, row, decoder_input_ids=written).logits

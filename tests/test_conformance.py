@@ -125,8 +125,9 @@ def check_generation(cell: Cell, model: SoftPromptModel, steps: int = 4) -> None
     batch.pop("labels", None)
     tokens = model.generate(**batch, **options)[:, -steps:]
     for row, got in zip(rows, tokens, strict=True):
-        single = model.generate(input_ids=row.ids[None], attention_mask=torch.ones(1, len(row.ids)), **options)
+        seen = torch.ones(1, len(row.ids), dtype=torch.long)
+        single = model.generate(input_ids=row.ids[None], attention_mask=seen, **options, **row.of_task)
         assert torch.equal(got, single[0, -steps:])
         with torch.no_grad():
             plain = naive.decode if cell.decodes else naive.greedy
-            assert torch.equal(got[None], plain(model, row.ids[None], steps))
+            assert torch.equal(got[None], plain(model, row.ids[None], steps, **row.of_task))
