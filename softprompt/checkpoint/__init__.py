@@ -105,7 +105,7 @@ def load_adapter(
     """
     find = locate(path_or_hub_id, subfolder, revision, cache_dir, token, local_files_only)
     config_path = need(find, CONFIG_NAME, path_or_hub_id)
-    config = read_config(config_path)
+    config = replace(read_config(config_path), inference_mode=True)  # whatever it says: its start is over
     shapes = _prompt_shapes(config, config_path)
     weights = find(WEIGHTS_NAME) or find(OLD_WEIGHTS_NAME)
     if weights is None:
