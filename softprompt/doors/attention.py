@@ -135,7 +135,8 @@ class AttentionDoor:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
             if _OPENING.get() is opening:
-                opening.seen = cache.get_seq_length() if cache is not None else 0
+                seen = cache.get_seq_length() if cache is not None else 0
+                opening.seen = seen.clone() if isinstance(seen, Tensor) else seen  # a static cache counts in place
 
         return hook
 
