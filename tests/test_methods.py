@@ -26,6 +26,7 @@ from softprompt import (
     PromptTuningConfig,
     get_peft_model,
 )
+from softprompt.methods.prompt_tuning import common_tokens
 from softprompt.prompt import EmbeddingPrompt
 
 DOCUMENTED = {  # what PEFT's documentation passes to all three configs, made small
@@ -213,6 +214,45 @@ def test_text_is_cut_or_repeated_as_in_peft(count: int, tokenizer_folder: str) -
     assert torch.equal(rows, theirs.prompt_encoder["default"].embedding.weight.detach())
 
 
+def test_common_words_are_drawn_without_replacement(tokenizer_folder: str) -> None:
+    base, special = tiny.build("llama"), tiny.tokenizer().all_special_ids
+    table = base.get_input_embeddings().weight
+    options = {"prompt_tuning_init": "COMMON_VOCAB", "common_vocab_size": 30}
+    rows = started(base, num_virtual_tokens=25, tokenizer_name_or_path=tokenizer_folder, **options)
+    found = distances(rows, table).min(dim=1)
+    assert found.values.max() < 1e-4
+    ids = found.indices.tolist()
+    assert len(set(ids)) == 25
+    assert set(ids) <= set(range(30 + len(special))) - set(special)  # the first ones of the vocabulary
+    assert ids != sorted(ids)
+    base.save_pretrained(tokenizer_folder)  # the tokenizer beside the base model serves as well
+    named = type(base).from_pretrained(tokenizer_folder)
+    assert started(named, num_virtual_tokens=3, prompt_tuning_init="COMMON_VOCAB").shape == (3, 32)
+    with pytest.raises(ConfigError, match=r"31 virtual tokens.*30 common tokens.*common_vocab_size"):
+        started(base, num_virtual_tokens=31, tokenizer_name_or_path=tokenizer_folder, **options)
+
+
+def test_common_words_are_counted_in_texts_or_go_by_the_vocabulary() -> None:
+    tokenizer = tiny.tokenizer()
+    dog, cat = (tokenizer(word)["input_ids"] for word in ("dog", "cat"))
+    assert set(dog).isdisjoint(cat)
+    counted = common_tokens(tokenizer, 100, ["cat", "dog", "dog</s>", "dog</s>", "cat"])
+    assert [set(counted[: len(dog)]), set(counted[len(dog) :])] == [set(dog), set(cat)]
+    assert common_tokens(tokenizer, 1, ["dog"]) == dog[:1]
+    assert common_tokens(tokenizer, 5) == [3, 4, 5, 6, 7]  # after pad, bos and eos
+
+    class Vocabulary:
+        """What is asked of a tokenizer, with pieces of many families that are no words."""
+
+        all_special_ids = (0,)
+
+        def get_vocab(self) -> dict[str, int]:
+            pieces = ["</s>", "<0x0A>", "[unused1]", "<unused7>", "the", "<extra_id_3>", "madeupword0000", "of", "a"]
+            return {piece: token for token, piece in enumerate(pieces)}
+
+    assert common_tokens(Vocabulary(), 2) == [4, 7]
+
+
 def test_class_labels_are_means_of_their_pieces(tokenizer_folder: str) -> None:
     base, labels = tiny.build("bert"), ["positive", "the", "very negative"]
     rows = started(
@@ -226,7 +266,9 @@ def test_class_labels_are_means_of_their_pieces(tokenizer_folder: str) -> None:
     for row, label in zip(rows, labels, strict=False):
         ids = tiny.tokenizer()(label, add_special_tokens=False)["input_ids"]
         torch.testing.assert_close(row, table[ids].mean(0))
-    assert distances(rows[3:], table).min(dim=1).values.max() < 1e-4  # the rest from the vocabulary
+    rest = distances(rows[3:], table).min(dim=1)
+    assert rest.values.max() < 1e-4  # the rest are common words, each once
+    assert len(set(rest.indices.tolist())) == 2
 
 
 @pytest.mark.parametrize(
@@ -237,7 +279,9 @@ def test_class_labels_are_means_of_their_pieces(tokenizer_folder: str) -> None:
         ({"prompt_tuning_init": "CLASS_LABELS", "class_labels": []}, "class_labels"),
         ({"prompt_tuning_init": "CLASS_LABELS", "class_labels": ["a", "b", "c"]}, "3 class_labels.*2"),
         ({"prompt_tuning_init": "CLASS_LABELS", "class_labels": ["a", ""]}, "''"),
-        ({"prompt_tuning_init": "NEAREST"}, "RANDOM.*SAMPLE_VOCAB.*TEXT.*CLASS_LABELS"),
+        ({"prompt_tuning_init": "NEAREST"}, "RANDOM.*SAMPLE_VOCAB.*COMMON_VOCAB.*TEXT.*CLASS_LABELS"),
+        ({"prompt_tuning_init": "COMMON_VOCAB", "common_vocab_size": 0}, "common_vocab_size"),
+        ({"prompt_tuning_init": "COMMON_VOCAB", "tokenizer_name_or_path": None}, "tokenizer_name_or_path"),
         ({"tokenizer_kwargs": {"use_fast": True}}, "tokenizer_kwargs"),
         (
             {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a"}
@@ -314,8 +358,8 @@ def test_start_from_another_shape_is_refused() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_configs_and_encoders_can_be_copied_and_pickled(method: str) -> None:
-    config = METHODS[method].config_class(**DOCUMENTED)
-    config = replace(config, **({"encoder_hidden_size": 8} if method != "prompt_tuning" else {}))
+    config = METHODS[method].config_class(**{**DOCUMENTED, "task_type": "CAUSAL_LM"})
+    config = replace(config, **({"encoder_hidden_size": 8} if hasattr(config, "encoder_hidden_size") else {}))
     for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), replace(config)):  # noqa: S301
         assert again == config
         assert again.to_dict() == config.to_dict()

@@ -185,6 +185,18 @@ def test_a_setting_that_peft_does_not_have_is_named_by_its_warning(tmp_path: Pat
     assert_same(ours, theirs, "gpt2")
 
 
+def test_common_words_load_in_peft(tmp_path: Path) -> None:
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    options = {"prompt_tuning_init": "COMMON_VOCAB", "tokenizer_name_or_path": str(tmp_path / "tokenizer")}
+    ours = softprompt.get_peft_model(tiny.build("gpt2"), config(softprompt, "gpt2", "prompt_tuning", **options))
+    train(ours, "gpt2")
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(tiny.build("gpt2"), str(tmp_path / "ours"))
+    assert_same(ours, theirs, "gpt2")
+    theirs.save_pretrained(str(tmp_path / "back"))
+    assert_same(SoftPromptModel.from_pretrained(tiny.build("gpt2"), tmp_path / "back"), ours, "gpt2")
+
+
 def test_class_labels_load_in_peft(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     options = {

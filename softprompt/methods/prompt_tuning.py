@@ -1,10 +1,13 @@
 """Prompt tuning: The Power of Scale for Parameter-Efficient Prompt Tuning, https://arxiv.org/abs/2104.08691
 
 The prompt is a free table P ∈ R^{p×d} in front of the embedded input: [P; E(x)] (section 2). It starts from a
-uniform draw on ±0.5, from vocabulary embeddings, from a text, or from the class labels (section 2.1).
+uniform draw on ±0.5, from the embeddings of common words, from a text, or from the class labels (section 2.1).
 """
 
 import math
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, final
@@ -21,10 +24,13 @@ class PromptTuningInit(str, Enum):
     """Where the virtual tokens start.
 
     `RANDOM` is the paper's uniform draw on ±0.5 (PEFT draws from N(0, 1), some fifty times wider than embeddings are).
+    `SAMPLE_VOCAB` is PEFT's draw from all words, with replacement; `COMMON_VOCAB` the paper's from the 5,000 most
+    common ones, without. PEFT reads a prompt that began as `COMMON_VOCAB` or `CLASS_LABELS`: the start is over by then.
     """
 
     RANDOM = "RANDOM"
     SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    COMMON_VOCAB = "COMMON_VOCAB"
     TEXT = "TEXT"
     CLASS_LABELS = "CLASS_LABELS"
 
@@ -36,21 +42,26 @@ class PromptTuningInit(str, Enum):
 class PromptTuningConfig(EmbeddingConfig):
     """Prompt tuning's choices.
 
-    `TEXT` and `CLASS_LABELS` tokenise with `tokenizer_name_or_path`; text is cut or repeated to p tokens.
+    `TEXT` and `CLASS_LABELS` tokenise with `tokenizer_name_or_path`; text is cut or repeated to p tokens. What class
+    labels leave open, and all of `COMMON_VOCAB`, is drawn from the `common_vocab_size` first ordinary tokens of the
+    vocabulary (of that tokenizer, else of the base model's), which tokenizers keep in order of frequency.
     """
 
     PEFT_TYPE = "PROMPT_TUNING"
 
     prompt_tuning_init: PromptTuningInit | str = field(
-        default=PromptTuningInit.RANDOM, metadata={"help": "start from RANDOM, SAMPLE_VOCAB, TEXT or CLASS_LABELS"}
+        default=PromptTuningInit.RANDOM,
+        metadata={"help": "start from RANDOM, SAMPLE_VOCAB, COMMON_VOCAB, TEXT or CLASS_LABELS"},
     )
     prompt_tuning_init_text: str | None = field(default=None, metadata={"help": "the text to start from"})
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "tokenizer for the text or the labels"})
     tokenizer_kwargs: dict[str, Any] | None = None
     class_labels: list[str] | None = field(default=None, metadata={"help": "label words to start from"})
+    common_vocab_size: int = field(default=5000, metadata={"help": "how many tokens COMMON_VOCAB draws from"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_count("common_vocab_size")
         init = parse_enum(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
         self._set("prompt_tuning_init", init)
         if "trust_remote_code" in (self.tokenizer_kwargs or {}):
@@ -105,9 +116,8 @@ def initial_rows(config: PromptTuningConfig, word_embeddings: nn.Module) -> Tens
     def embed(ids: list[int] | Tensor) -> Tensor:
         return word_embeddings(torch.as_tensor(ids, device=weight.device)).float()
 
-    sampled = embed(torch.randint(weight.shape[0], (count,)))
     if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
-        return sampled
+        return embed(torch.randint(weight.shape[0], (count,)))
     tokenizer = _tokenizer(config)
     if config.prompt_tuning_init is PromptTuningInit.TEXT:
         ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
@@ -116,20 +126,58 @@ def initial_rows(config: PromptTuningConfig, word_embeddings: nn.Module) -> Tens
                 f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens; give another."
             )
         return embed((ids * math.ceil(count / len(ids)))[:count])
-    labels = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in config.class_labels or []]
-    for label, ids in zip(config.class_labels or [], labels, strict=True):
+    means = [embed(ids).mean(0) for ids in _label_ids(config, tokenizer)]
+    common = common_tokens(tokenizer, min(config.common_vocab_size, weight.shape[0]))
+    rest = embed(_drawn([token for token in common if token < weight.shape[0]], count - len(means)))
+    return torch.cat([torch.stack(means), rest]) if means else rest
+
+
+def _label_ids(config: PromptTuningConfig, tokenizer: Any) -> list[list[int]]:
+    """The tokens of each class label; none for another start."""
+    labels = config.class_labels or [] if config.prompt_tuning_init is PromptTuningInit.CLASS_LABELS else []
+    if len(labels) > config.num_virtual_tokens:
+        raise ConfigError(
+            f"{len(labels)} class_labels do not fit into num_virtual_tokens={config.num_virtual_tokens}; use more."
+        )
+    found = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
+    for label, ids in zip(labels, found, strict=True):
         if not ids:
             raise ConfigError(f"the class label {label!r} has no tokens; give another word for it.")
-    if len(labels) > count:
-        raise ConfigError(f"{len(labels)} class_labels do not fit into num_virtual_tokens={count}; use more tokens.")
-    means = torch.stack([embed(ids).mean(0) for ids in labels])
-    return torch.cat([means, sampled[len(labels) :]])
+    return found
+
+
+def common_tokens(tokenizer: Any, limit: int = 5000, texts: Iterable[str] | None = None) -> list[int]:
+    """The ids of the `limit` most common ordinary tokens: as counted in `texts`, else in the vocabulary's own order.
+
+    A SentencePiece vocabulary is sorted by likelihood (which is what the paper goes by), one of byte pairs or word
+    pieces by when a piece was merged. Special, unused and byte-fallback tokens are left out.
+    """
+    special = set(tokenizer.all_special_ids)
+    if texts is not None:
+        counts = Counter(token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [token for token, _ in counts.most_common() if token not in special][:limit]
+    pieces = sorted((token, piece) for piece, token in tokenizer.get_vocab().items())
+    return [token for token, piece in pieces if token not in special and not _NO_WORD.fullmatch(piece)][:limit]
+
+
+_NO_WORD = re.compile(r"<0x[0-9A-Fa-f]{2}>|[\[<]unused_?\d+[\]>]|<extra_id_\d+>|madeupword\d+")
+
+
+def _drawn(tokens: list[int], count: int) -> list[int]:
+    """`count` of them, each at most once."""
+    if len(tokens) < count:
+        raise ConfigError(
+            f"{count} virtual tokens cannot be drawn without repetition from {len(tokens)} common tokens; raise "
+            "common_vocab_size or use fewer virtual tokens."
+        )
+    return [tokens[place] for place in torch.randperm(len(tokens))[:count].tolist()]
 
 
 def _tokenizer(config: PromptTuningConfig) -> Any:
     from transformers import AutoTokenizer
 
+    name = config.tokenizer_name_or_path or config.base_model_name_or_path
     try:
-        return AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+        return AutoTokenizer.from_pretrained(name or "", **(config.tokenizer_kwargs or {}))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer at tokenizer_name_or_path={config.tokenizer_name_or_path!r}.") from error
+        raise ConfigError(f"no tokenizer at {name!r}; give another tokenizer_name_or_path.") from error
