@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.cloze import Cloze, EncodedCloze
-from softprompt.data import IGNORED, Encoded, EncodedLabel, Example, collate, input_rows
+from softprompt.data import IGNORED, Encoded, EncodedLabel, Example, collate, input_rows, source_rows
 from softprompt.errors import DataError
 
 
@@ -143,7 +143,8 @@ def generate_texts(
     `generation` goes to the model's `generate` (`num_beams`, `do_sample`, `temperature`, …).
     """
     examples = [Example(text, ("",), where="the input") if isinstance(text, str) else text for text in inputs]
-    starts = input_rows(examples, tokenizer)
+    encoder_decoder = bool(model.config.is_encoder_decoder)
+    starts = (source_rows if encoder_decoder else input_rows)(examples, tokenizer)
     options = {"do_sample": False, "num_beams": 1, "pad_token_id": pad_id(tokenizer), **generation}
     texts = [""] * len(starts)
     with _evaluating(model) as device:
@@ -152,7 +153,8 @@ def generate_texts(
                 Encoded(ids, ids, examples[place].task, slots) for place in places for ids, slots in [starts[place]]
             ]
             batch = collate(rows, pad_id(tokenizer), padding_side="left")
-            width = batch.pop("labels").shape[1]
+            width = 0 if encoder_decoder else batch["labels"].shape[1]
+            del batch["labels"]
             output = model.generate(**_on(device, batch), max_new_tokens=max_new_tokens, **options)
             answers = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             for place, answer in zip(places, answers, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt.config import KVConfig
 from softprompt.errors import ConfigError
 from softprompt.model import SoftPromptModel
 from softprompt.probe import record, word_table
@@ -97,7 +98,7 @@ def initialize_kv_prefix_from_text(
     encoder = _kv_encoder(model, adapter_name)
     count = num_virtual_tokens or encoder.config.num_virtual_tokens
     ids = _text_ids(tokenizer, text, use_chat_template)[:max_length]
-    flat = _kv_of_ids(model, ids, count).flat()
+    flat = _kv_of_ids(model, ids, _kv_config(encoder), count).flat()
     encoder.start_from(flat.float())
     return flat
 
@@ -111,7 +112,8 @@ def initialize_from_text(model: SoftPromptModel, tokenizer: Any, text: str, adap
     encoder = model.encoder(adapter_name)
     ids = _text_ids(tokenizer, text, use_chat_template=False)
     if isinstance(encoder, KVPrompt):
-        encoder.start_from(_kv_of_ids(model, ids, encoder.config.num_virtual_tokens).flat().float())
+        kv = _kv_of_ids(model, ids, _kv_config(encoder), encoder.config.num_virtual_tokens)
+        encoder.start_from(kv.flat().float())
         return
     assert isinstance(encoder, EmbeddingPrompt)
     count = encoder.embedding.num_embeddings
@@ -130,6 +132,11 @@ def _kv_encoder(model: SoftPromptModel, adapter_name: str | None) -> KVPrompt:
     return encoder
 
 
+def _kv_config(encoder: KVPrompt) -> KVConfig:
+    assert isinstance(encoder.config, KVConfig)
+    return encoder.config
+
+
 def _text_ids(tokenizer: Any, text: str, use_chat_template: bool) -> list[int]:
     if use_chat_template and getattr(tokenizer, "chat_template", None):
         message = [{"role": "system", "content": text}]
@@ -146,12 +153,22 @@ def _check_enough(ids: list[int], count: int) -> None:
         )
 
 
-def _kv_of_ids(model: SoftPromptModel, ids: list[int], count: int) -> KV:
-    """The base model's keys and values of the first `count` tokens."""
+def _kv_of_ids(model: SoftPromptModel, ids: list[int], config: KVConfig, count: int) -> KV:
+    """The base model's keys and values of the first `count` tokens, in the attentions that a prefix reaches."""
     _check_enough(ids, count)
     inputs: dict[str, Tensor] = {"input_ids": torch.tensor([ids[:count]], device=model.base_model.device)}
-    if model.door.takes_positions:
+    if model.geometry.encoder_decoder:  # both stacks read the text
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    elif model.door.takes_positions:
         inputs["position_ids"] = torch.arange(count, device=model.base_model.device)[None] + model.door.position_offset
     with evaluating(model.base_model):
         recording, _ = record(model.door, inputs)
-    return KV(tuple(recording.layers)).detach()
+    if not model.geometry.encoder_decoder:
+        return KV(tuple(recording.layers)).detach()
+    pairs = dict(zip(recording.modules, recording.layers, strict=True))
+    wanted = (config.decoder_prefix, config.cross_prefix, config.encoder_prefix)
+    parts = (
+        tuple(pairs[module] for module in modules) if want else ()
+        for modules, want in zip(model.door.modules, wanted, strict=True)
+    )
+    return KV(*parts).detach()

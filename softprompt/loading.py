@@ -69,7 +69,8 @@ def load_base(
     path = resolve_model(name)
     try:
         with _quiet():
-            auto = language_model_class(path) if cloze else auto
+            if label_names is None and (cloze or _is_encoder_decoder(path)):
+                auto = language_model_class(path)
             model, report = auto.from_pretrained(path, output_loading_info=True, **options)
     except MemoryError:
         raise
@@ -83,6 +84,12 @@ def load_base(
     if model.config.pad_token_id is None:  # a classifying decoder finds its last real token by this
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.to(pick_device(device)).eval()
+
+
+def _is_encoder_decoder(path: str) -> bool:
+    from transformers import AutoConfig
+
+    return bool(AutoConfig.from_pretrained(path).is_encoder_decoder)
 
 
 def language_model_class(path: str) -> Any:

@@ -24,7 +24,7 @@ from softprompt.errors import ConfigError
 
 EMBEDDED = "embedded"  # the name under which a recipe asks for the model that ships inside the package
 
-TASKS = ("CAUSAL_LM", "SEQ_CLS", "CLOZE")
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "CLOZE")
 INITS = ("random", "vocab", "text", "examples")
 WORD_SCORES = ("sum", "mean")
 ANSWER_LOSSES = ("labels", "vocabulary")
@@ -49,7 +49,9 @@ class Recipe:
     model: str = _help("base model: a folder, a hub name, or 'embedded' for the one in this package", EMBEDDED)
     method: str = _help("how the prompt is made; `softprompt methods` lists them", "prefix_tuning")
     task: str = _help(
-        "CAUSAL_LM (write the target), SEQ_CLS (choose a label with a classifier) or CLOZE (with a word)", "CAUSAL_LM"
+        "CAUSAL_LM (write the target), SEQ_2_SEQ_LM (on an encoder-decoder), SEQ_CLS (choose a label with a "
+        "classifier) or CLOZE (with a word)",
+        "CAUSAL_LM",
     )
     eval: str | None = _help("held-out data, same form as the training data")
 

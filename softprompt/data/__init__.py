@@ -30,11 +30,13 @@ __all__ = [
     "encode",
     "encode_all",
     "encode_labels",
+    "encode_pairs",
     "expand",
     "input_ids",
     "input_rows",
     "load_examples",
     "load_labelled",
+    "source_rows",
     "target_ids",
 ]
 
@@ -45,6 +47,7 @@ IGNORED = -100  # the label that transformers' losses skip
 class Encoded:
     """Token ids and, of the same length, labels: −100 on the input, the target's ids and the end token after it.
 
+    For an encoder-decoder the ids are the source alone, and the labels the target and the end token, of its own length.
     `task` is the number of the row's task where one prompt serves several; `slots`, where virtual tokens stand inside
     the row, holds for each column the one that stands there, or −1.
     """
@@ -59,7 +62,9 @@ class Encoded:
         if self.slots is None:
             return self
         kept = [place for place, slot in enumerate(self.slots) if slot < 0]
-        return Encoded([self.input_ids[place] for place in kept], [self.labels[place] for place in kept], self.task)
+        of_row = len(self.labels) == len(self.input_ids)
+        labels = [self.labels[place] for place in kept] if of_row else self.labels
+        return Encoded([self.input_ids[place] for place in kept], labels, self.task)
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,50 @@ def encode_all(
         columns = None if slots is None else slots + [-1] * len(target)
         encoded.append(Encoded(start + target, [IGNORED] * len(start) + target, example.task, columns))
     return encoded
+
+
+def encode_pairs(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, max_target: int
+) -> list[Encoded]:
+    """Rows for an encoder-decoder: sources as its tokenizer ends them, targets with the end token, each of its length.
+
+    DataError names the row whose source or target is too long.
+    """
+    encoded = []
+    sources, targets = source_rows(examples, tokenizer), target_rows(examples, tokenizer)
+    for example, (source, slots), target in zip(examples, sources, targets, strict=True):
+        for name, ids, room in (("input", source, max_length), ("target", target, max_target)):
+            if len(ids) > room:
+                raise DataError(
+                    f"{example.where} does not fit: its {name} takes {len(ids)} tokens, but there is room for "
+                    f"{max(room, 0)}; shorten or drop the row"
+                )
+        encoded.append(Encoded(source, target, example.task, slots))
+    return encoded
+
+
+def source_rows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int] | None]]:
+    """`input_rows` for an encoder, which reads the end token that its tokenizer puts behind a text."""
+    last = _ids(tokenizer, ["a"], special=True)[0][-1]
+    rows = input_rows(examples, tokenizer)
+    if last != tokenizer.eos_token_id:
+        return rows
+    ended = [ids[-1:] == [last] for ids, _ in rows]
+    return [
+        (ids, slots) if done else ([*ids, last], None if slots is None else [*slots, -1])
+        for (ids, slots), done in zip(rows, ended, strict=True)
+    ]
+
+
+def target_rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The first targets' ids as the tokenizer writes targets, with the end token behind them."""
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise DataError("this tokenizer has no end-of-sequence token, so a target could not end; set eos_token")
+    rows: Any = tokenizer(text_target=[example.targets[0].strip() for example in examples], verbose=False)["input_ids"]
+    return [list(ids) if end in ids[1:] else [*ids, end] for ids in rows]
 
 
 def encode_labels(
@@ -211,16 +260,18 @@ def _chat_texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[s
 def collate(
     batch: Sequence[Encoded] | Sequence[EncodedLabel], pad_id: int, padding_side: str = "right"
 ) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [B, T], `labels` [B, T] (of texts to classify [B]); `task_ids` [B] and
-    `slots` [B, T] if any.
+    """`input_ids` and `attention_mask` [B, T], `labels` [B, T] (of targets of their own [B, t], of texts to classify
+    [B]); `task_ids` [B] and `slots` [B, T] if any.
     """
     width = max(len(row.input_ids) for row in batch)
+    own = any(isinstance(row, Encoded) and len(row.labels) != len(row.input_ids) for row in batch)
+    label_width = max(len(row.labels) for row in batch if isinstance(row, Encoded)) if own else width
 
-    def padded(values: list[int], fill: int) -> list[int]:
-        rest = [fill] * (width - len(values))
+    def padded(values: list[int], fill: int, to: int = width) -> list[int]:
+        rest = [fill] * (to - len(values))
         return rest + values if padding_side == "left" else values + rest
 
-    labels = [row.label if isinstance(row, EncodedLabel) else padded(row.labels, IGNORED) for row in batch]
+    labels = [row.label if isinstance(row, EncodedLabel) else padded(row.labels, IGNORED, label_width) for row in batch]
     result = {
         "input_ids": torch.tensor([padded(row.input_ids, pad_id) for row in batch]),
         "attention_mask": torch.tensor([padded([1] * len(row.input_ids), 0) for row in batch]),

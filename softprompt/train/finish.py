@@ -108,7 +108,7 @@ def generate_command(recipe: Recipe, text: str = "…") -> str:
 def _norms(model: SoftPromptModel) -> list[tuple[float, float]]:
     """Mean length of keys and of values per layer, over heads and virtual tokens."""
     kept = model.fold()
-    return [(float(key.norm(dim=-1).mean()), float(value.norm(dim=-1).mean())) for key, value in kept.layers]
+    return [(float(key.norm(dim=-1).mean()), float(value.norm(dim=-1).mean())) for key, value in kept.pairs]
 
 
 def _saved_parameters(folder: Path) -> int:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.data import Encoded, Example, encode_all, expand, load_examples
+from softprompt.data import Encoded, Example, expand, load_examples
 from softprompt.evaluate import evaluate_loss
 from softprompt.recipe import Recipe
 from softprompt.tasks import task_data
 from softprompt.train.batches import batches_per_epoch, spread
-from softprompt.train.run_data import EVAL_PAIRS, RunData, Source, as_text, row_length
+from softprompt.train.run_data import EVAL_PAIRS, RunData, Source, as_text, encode_texts
 
 SIZE_LIMIT = 2**18  # a larger task is drawn as if it had this many examples (2303.02861, section 3.2)
 
@@ -47,10 +47,10 @@ class TaskSource(Source):
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int, base: PreTrainedModel
     ) -> RunData:
         """Held-out pairs and samples are shared out evenly among the tasks."""
-        length, count = row_length(recipe, context), len(self.names)
+        count = len(self.names)
         pairs = self._of_each(expand(self.held_out), max(1, (recipe.eval_limit or EVAL_PAIRS) // count))
         shown = self._of_each(self.held_out or self.train, -(-recipe.samples // count))[: recipe.samples]
-        train, scored = (encode_all(part, tokenizer, length) for part in (self.train, pairs))
+        train, scored = (encode_texts(part, recipe, tokenizer, context, base) for part in (self.train, pairs))
         return RunData(train, scored, shown, task_names=self.names)
 
     def _of_each(self, examples: Sequence[Example], limit: int) -> list[Example]:
