@@ -209,7 +209,7 @@ class Run:
                 output = generate(*args, **kwargs)
             return cut(output, vectors.length if vectors is not None and self.slots is None else 0)
         if self.folds:
-            with self.door.open(self.as_kv()):
+            with self.door.open(self.as_kv(), generating=kwargs.get("position_ids") is None):
                 return generate(*args, **kwargs)
         return self._generate_rows(generate, args, kwargs)
 
@@ -238,7 +238,7 @@ class Run:
         placed, _ = self._placed(rows, self.prompt, "left")
         ids = None if given is None else _real_ids(given, mask, self.slots)
         options = {name: value for name, value in inputs.items() if name not in (*rows, "inputs", "input_ids")}
-        with self.door.open(None):
+        with self.door.open(None, generating=kwargs.get("position_ids") is None):
             output = generate(None, *args[1:], **options, **placed, input_ids=ids)
         return output if given is None else _starting_with(output, given, ids)
 

@@ -59,6 +59,7 @@ class Opening:
     recording: Recording | None = None
     positions: Tensor | None = None
     seen: Any = 0
+    generating: bool = False
 
 
 _OPENING: ContextVar[Opening | None] = ContextVar("softprompt_opening", default=None)
@@ -98,9 +99,12 @@ class AttentionDoor:
                     self.tables[module] = table
 
     @contextmanager
-    def open(self, prefix: KV | None, recording: Recording | None = None) -> Iterator[None]:
-        """Inside the block every call of the base model sees `prefix` (`[1, h, p, k]` per layer)."""
-        opening = Opening(prefix, self._pairs(prefix), self.tables, recording)
+    def open(self, prefix: KV | None, recording: Recording | None = None, generating: bool = False) -> Iterator[None]:
+        """Inside the block every call of the base model sees `prefix` (`[N, h, p, k]` per layer).
+
+        `generating`: positions that come along are not the caller's but those of transformers' `generate`.
+        """
+        opening = Opening(prefix, self._pairs(prefix), self.tables, recording, generating=generating)
         with ExitStack() as stack:
             stack.enter_context(self._active(opening))
             stack.callback(self._checkpointing(opening, direct=recording is not None))
@@ -198,6 +202,8 @@ class AttentionDoor:
             if inputs is None and args:
                 inputs = args[0]
             given, mask, cache = (kwargs.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
+            if opening.generating and self.position_offset:
+                given = None  # counted from 0 there, which such a model's own positions are not
             if given is not None:
                 positions, longest = given - self.position_offset + shift, None
             else:

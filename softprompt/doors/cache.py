@@ -44,6 +44,7 @@ class Opening:
     prefix: KV | None
     recording: Recording | None = None
     cache: PrefixedCache | None = None
+    generating: bool = False
 
 
 _OPENING: ContextVar[Opening | None] = ContextVar("softprompt_cache_opening", default=None)
@@ -107,15 +108,15 @@ class CacheDoor:
         return True
 
     @contextmanager
-    def open(self, prefix: KV | None, recording: Recording | None = None) -> Iterator[None]:
-        """Inside the block every call of the base model sees `prefix` (`[N, h, p, k]` per layer)."""
+    def open(self, prefix: KV | None, recording: Recording | None = None, generating: bool = False) -> Iterator[None]:
+        """Inside the block every call of the base model sees `prefix`; arguments as at the attention door."""
         backend = _backend(self.body)
         if backend not in BACKENDS:
             raise UnsupportedError(
                 f"attention backend {backend!r} cannot take a prefix yet; load the model with "
                 "attn_implementation='sdpa' or 'eager'."
             )
-        opening = Opening(prefix if prefix is not None and prefix.layers else None, recording)
+        opening = Opening(prefix if prefix is not None and prefix.layers else None, recording, generating=generating)
         with ExitStack() as stack:
             attending = self._attending(stack) if recording is not None else None
             enter = self._enter(opening, attending)
@@ -175,6 +176,8 @@ class CacheDoor:
         changed: dict[str, Any] = {}
         positions: Tensor | None = None
         if self.takes_positions:
+            if opening.generating and self.position_offset:
+                given = None  # counted from 0 there, which such a model's own positions are not
             known = isinstance(given, Tensor)
             positions = given - self.position_offset if known else true_positions(inputs, mask, own)
             changed["position_ids"] = positions + length + self.position_offset
