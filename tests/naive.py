@@ -7,6 +7,7 @@ attention function written out by hand. Everything else is the base model with i
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def rows(batch: dict[str, Tensor]) -> list[Tensor]:
 def own_prompt(model: SoftPromptModel, task_ids: Tensor | None = None) -> Embeddings | KV:
     """The prompt of one row, `task_ids` `[1]` being its task where the prompt has several."""
     prompt = model.encoder().prompt() if task_ids is None else model.encoder().prompt(task_ids)
-    return Embeddings(prompt.per_row(1)) if isinstance(prompt, Embeddings) else prompt
+    return replace(prompt, vectors=prompt.per_row(1), rows=None) if isinstance(prompt, Embeddings) else prompt
 
 
 def run(base: PreTrainedModel, prompt: Embeddings | KV, ids: Tensor, **more: Any) -> ModelOutput:
