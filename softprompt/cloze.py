@@ -87,6 +87,12 @@ class Cloze:
         self.answer_loss = loss
         self.decoder_start = _decoder_start(base, tokenizer) if self.answer is Answer.SENTINEL else ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """What a saved prompt needs beside its tensors."""
+        score = "mean" if self.mean else "sum"
+        own = {"template": self.template.text, "word_score": score, "answer_loss": self.answer_loss}
+        return own | self.verbalizer.to_dict()
+
     def encode(self, examples: Sequence[ClozeExample], max_length: int | None = None) -> list[EncodedCloze]:
         """Rows of at most `max_length` tokens, with room for the longest word; fields are cut to fit."""
         labels = [self.verbalizer.index(e.label, e.where) if e.label else -1 for e in examples]

@@ -13,6 +13,8 @@ def check_cloze(recipe: Recipe) -> None:
     """``ConfigError`` unless a cloze task has a template and words to choose from, and no other task has words."""
     if recipe.task == "SEQ_CLS" and recipe.template:
         raise ConfigError("task SEQ_CLS reads one text column and takes no template; set input_column, or task: CLOZE")
+    if recipe.only and recipe.tasks:
+        raise ConfigError("only is for one task; give every task a file of its own rows")
     if recipe.task != "CLOZE":
         for name in ("verbalizer", "candidates", "word_score", "answer_loss"):
             if getattr(recipe, name):

@@ -139,12 +139,19 @@ def _version(
 def train(
     recipe: Annotated[str | None, typer.Argument(help="Recipe in YAML; flags win over it.", show_default=False)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    verbalizer: Annotated[
+        str | None, typer.Option("--verbalizer", help="CLOZE: the labels' words, as label=word,label=word|other word.")
+    ] = None,
     **given: Any,
 ) -> None:
     """Train a prompt on a frozen model: a recipe, flags, or both."""
     from softprompt.cli.output import print_result
     from softprompt.train import train as run
 
+    if verbalizer is not None:
+        from softprompt.verbalizer import Verbalizer
+
+        given["verbalizer"] = {label: list(words) for label, words in Verbalizer.parse(verbalizer).words.items()}
     settings = build_recipe(recipe, resume, given)
     result = run(settings, resume=resume)
     print_result(Console(), result)
@@ -198,8 +205,8 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Complete one input, or every input of a file, one completion per line."""
-    from softprompt.cli.prompted import example_of, examples_of, open_prompted, read_saved, template_of
-    from softprompt.cli.use import Decoding, answers, print_answers
+    from softprompt.cli.prompted import example_of, examples_of, open_prompted, read_saved
+    from softprompt.cli.use import Decoding, answers, cloze_answers, print_answers
 
     if (text is None) == (file is None):
         raise ConfigError("give one input by --input TEXT, or many by --file FILE")
@@ -207,8 +214,11 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if sample else {}
     decoding = Decoding(max_new_tokens, batch_size, seed, {"num_beams": num_beams, **sampling}
                         | ({"repetition_penalty": repetition_penalty} if repetition_penalty != 1 else {}))  # fmt: skip
-    opened = open_prompted(prompt, model, dtype, device)
-    used = template_of(opened.recipe, template, raw)
+    opened = open_prompted(prompt, model, dtype, device, template)
+    if opened.cloze is not None:
+        print_answers(*cloze_answers(opened, text, file, batch_size, frozen), as_json, one_per_line=file is not None)
+        return
+    used = None if raw else opened.template
     column = column or (opened.recipe.input_column if opened.recipe else None)
     inputs = [example_of(text, used)] if text is not None else examples_of(str(file), used, column)
     stream = text is not None and not as_json and num_beams == 1 and sys.stdout.isatty()
@@ -227,6 +237,7 @@ def evaluate(
     target_column: Annotated[str | None, typer.Option("--target-column", help="[default: as trained]")] = None,
     split: Annotated[str, typer.Option("--split", help="Of a named data set.")] = "validation",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N rows.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Rows where COLUMN=VALUE. [default: as trained]")] = None,
     max_new_tokens: NewTokens = 64,
     batch_size: BatchSize = 32,
     frozen: Annotated[bool, typer.Option("--frozen/--no-frozen", help="Measure the bare model beside it.")] = True,
@@ -234,13 +245,13 @@ def evaluate(
     dtype: Dtype = "float32",
     device: Device = "auto",
 ) -> None:
-    """Measure a prompt on held-out data: loss, BLEU and chrF, or accuracy; the frozen model beside it."""
+    """Measure a prompt on held-out data: loss, BLEU and chrF, accuracy, or P@1; the frozen model beside it."""
     from softprompt.cli.output import print_scores
     from softprompt.cli.prompted import open_prompted
     from softprompt.cli.use import EvalSettings, measure
 
-    settings = EvalSettings(data, template, input_column, target_column, split, limit, max_new_tokens, batch_size)
-    scores = measure(lambda: open_prompted(prompt, model, dtype, device), prompt, settings, frozen)
+    settings = EvalSettings(data, template, input_column, target_column, split, limit, max_new_tokens, batch_size, only)
+    scores = measure(lambda: open_prompted(prompt, model, dtype, device, template), prompt, settings, frozen)
     if as_json:
         typer.echo(json.dumps(scores))
     else:
@@ -276,6 +287,25 @@ def convert(
     from softprompt.cli.use import convert_prompt
 
     typer.echo(convert_prompt(prompt, to, out, model))
+
+
+@app.command()
+def compare(
+    prompts: Annotated[list[Path], typer.Argument(help="Folders of saved prompts, two or more.")],
+    metric: Annotated[
+        str, typer.Option("--metric", help="average (of the prompts' mean tokens) or per-token (mean over all pairs).")
+    ] = "average",
+    as_json: AsJson = False,
+) -> None:
+    """Compare prompts of several tasks: the cosine between each two, from −1 to 1."""
+    from softprompt.cli.output import print_comparison
+    from softprompt.compare import compare_prompts
+
+    comparison = compare_prompts(prompts, metric)
+    if as_json:
+        typer.echo(json.dumps(comparison.to_dict(), ensure_ascii=False))
+    else:
+        print_comparison(Console(), comparison)
 
 
 @app.command()

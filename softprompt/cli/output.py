@@ -14,10 +14,26 @@ from softprompt.inspect_prompt import PromptFacts, summary
 from softprompt.methods import METHODS
 
 if TYPE_CHECKING:
+    from softprompt.compare import Comparison
     from softprompt.train import RunResult
 
-FORMATS = {"loss": ".3f", "perplexity": ".1f", "accuracy": ".2%", "bleu": ".1f", "chrf": ".1f"}
-NAMES = {"bleu": "BLEU", "chrf": "chrF", "tokens": "target tokens"}
+FORMATS = {
+    "loss": ".3f",
+    "perplexity": ".1f",
+    "accuracy": ".2%",
+    "p_at_1": ".2%",
+    "majority": ".2%",
+    "bleu": ".1f",
+    "chrf": ".1f",
+}
+NAMES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "tokens": "target tokens",
+    "p_at_1": "P@1",
+    "majority": "commonest answer",
+    "outside": "rows whose answer is no candidate",
+}
 
 
 def print_result(console: Console, result: "RunResult") -> None:
@@ -38,7 +54,10 @@ def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]]) ->
     titles = {"frozen": "frozen model", "prompt": "with the prompt"}
     table = Table("metric", *[titles.get(name, name) for name in scores])
     metrics = dict.fromkeys(metric for column in scores.values() for metric in column)
-    names = {**NAMES, "loss": "loss (nats per row)" if "accuracy" in metrics else "loss (nats per token)"}
+    names = {
+        **NAMES,
+        "loss": "loss (nats per row)" if {"accuracy", "p_at_1"} & set(metrics) else "loss (nats per token)",
+    }
     for metric in metrics:
         cells = [_cell(metric, column.get(metric)) for column in scores.values()]
         table.add_row(names.get(metric, metric), *cells)
@@ -87,6 +106,24 @@ def _print_nearest(console: Console, facts: PromptFacts) -> None:
     for number, (norm, tokens) in enumerate(zip(facts.token_norms, facts.nearest, strict=True)):
         table.add_row(str(number), f"{norm:.3f}", escape("  ".join(f"{token!r} {cos:.2f}" for token, cos in tokens)))
     console.print(table)
+
+
+def print_comparison(console: Console, comparison: "Comparison") -> None:
+    """The matrix of `softprompt compare`, with a remark where the prompts may not belong to one base model."""
+    names = _short(comparison.names)
+    table = Table("", *(escape(name) for name in names))
+    for name, row in zip(names, comparison.similarity, strict=True):
+        table.add_row(escape(name), *(f"{value:.3f}" for value in row))
+    console.print(table)
+    bases = sorted({base for base in comparison.base_models if base})
+    if len(bases) > 1:
+        console.print(f"Note: these prompts name different base models: {escape(', '.join(bases))}", soft_wrap=True)
+
+
+def _short(names: list[str]) -> list[str]:
+    """The last part of each path, where those are all different."""
+    last = [Path(name).name for name in names]
+    return last if len(set(last)) == len(names) else names
 
 
 def print_methods(console: Console) -> None:

@@ -8,12 +8,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.checkpoint import SavedAdapter, load_adapter
-from softprompt.data import Example, Template, input_ids
+from softprompt.cli.cloze import fields_of, open_cloze, read_cloze, template_text
+from softprompt.cloze import Cloze
+from softprompt.config import EmbeddingConfig, Placement
+from softprompt.data import Encoded, Example, Template, encode_all, encode_pairs, input_ids
 from softprompt.data.examples import input_example, is_templated
 from softprompt.data.rows import Row, read_rows
 from softprompt.errors import CheckpointError, ConfigError, DataError
@@ -21,17 +23,24 @@ from softprompt.loading import EMBEDDED, load_base, load_tokenizer
 from softprompt.model import SoftPromptModel
 from softprompt.recipe import Recipe
 from softprompt.train.run_data import context_length
-from softprompt.train.run_folder import RECIPE, SUMMARY
+from softprompt.train.run_folder import BASE, RECIPE, SUMMARY
+from softprompt.train.tuned_base import tuned_base
 
 
 @dataclass(frozen=True)
 class Prompted:
-    """`label_names` is set where the prompt classifies."""
+    """`label_names` is set where the prompt classifies, `cloze` where it chooses words in a template.
+
+    `template` is the one a text goes through; `tuned` says that the base model was trained along with the prompt.
+    """
 
     model: SoftPromptModel
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe | None
     label_names: list[str] | None
+    template: Template | None = None
+    cloze: Cloze | None = None
+    tuned: bool = False
 
     @property
     def context(self) -> int:
@@ -39,8 +48,16 @@ class Prompted:
 
     @property
     def room(self) -> int:
-        """Tokens that the prompt leaves of the model's context."""
-        return self.context - self.model.active_peft_config.num_virtual_tokens
+        """Tokens that the prompt leaves of the model's context; one inside the rows is counted with them."""
+        config = self.model.active_peft_config
+        inside = isinstance(config, EmbeddingConfig) and config.placement is Placement.TEMPLATE
+        return self.context - (0 if inside else config.num_virtual_tokens)
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Rows with targets as this kind of model takes them."""
+        if self.model.geometry.encoder_decoder:
+            return encode_pairs(examples, self.tokenizer, self.room, self.context)
+        return encode_all(examples, self.tokenizer, self.room)
 
     def new_tokens(self, inputs: Sequence[Example], wanted: int) -> int:
         """How many tokens may be generated after these inputs: as many as `wanted`, or what the context leaves.
@@ -54,17 +71,25 @@ class Prompted:
                     f"{example.where} takes {length} tokens, but the model's context of {self.context} leaves "
                     f"{self.room} beside the prompt; shorten it"
                 )
+        if self.model.geometry.encoder_decoder:
+            return min(wanted, self.context)
         return min(wanted, self.room - max(lengths))
 
 
-def open_prompted(prompt: Path, model: str | None, dtype: str = "float32", device: str = "auto") -> Prompted:
+def open_prompted(
+    prompt: Path, model: str | None, dtype: str = "float32", device: str = "auto", template: str | None = None
+) -> Prompted:
     """Load a saved prompt onto its base model. CheckpointError or ConfigError before anything large is loaded."""
     saved, recipe = read_saved(prompt)
-    name = base_name(model, recipe)
+    text, task = template_text(saved, recipe, template), read_cloze(prompt)
+    name = base_name(model, recipe, prompt)
     tokenizer = load_tokenizer(name)
     labels = _label_names(prompt, saved)
-    base = load_base(name, tokenizer, labels, dtype, device)
-    return Prompted(SoftPromptModel.from_pretrained(base, prompt), tokenizer, recipe, labels)
+    base = load_base(name, tokenizer, labels, dtype, device, cloze=task is not None)
+    cloze = None if task is None else open_cloze(task, base, tokenizer, text)
+    prompted = SoftPromptModel.from_pretrained(base, prompt)
+    used = Template(text) if text else None
+    return Prompted(prompted, tokenizer, recipe, labels, used, cloze, tuned_base(prompt) is not None)
 
 
 def read_saved(prompt: Path) -> tuple[SavedAdapter, Recipe | None]:
@@ -75,8 +100,18 @@ def read_saved(prompt: Path) -> tuple[SavedAdapter, Recipe | None]:
     return load_adapter(prompt), Recipe.from_yaml(recipe) if recipe.is_file() else None
 
 
-def base_name(model: str | None, recipe: Recipe | None) -> str:
-    return model or (recipe.model if recipe else EMBEDDED)
+def base_name(model: str | None, recipe: Recipe | None, prompt: Path) -> str:
+    """The base model of a prompt: the one tuned along with it, else the flag's, its run's, or the package's."""
+    tuned = tuned_base(prompt)
+    if tuned is None and recipe is not None and recipe.base_learning_rate is not None:
+        raise CheckpointError(
+            f"{prompt} was trained along with its base model, and {prompt / BASE} is not there; copy it"
+        )
+    if tuned is None:
+        return model or (recipe.model if recipe else EMBEDDED)
+    if model is not None and Path(model).resolve() != tuned.resolve():
+        raise ConfigError(f"--model is {model}, but this prompt was trained along with {tuned}; leave --model out")
+    return str(tuned)
 
 
 def _label_names(prompt: Path, saved: SavedAdapter) -> list[str] | None:
@@ -97,12 +132,6 @@ def _label_names(prompt: Path, saved: SavedAdapter) -> list[str] | None:
     return [str(number) for number in range(heads[-1].shape[0])]
 
 
-def template_of(recipe: Recipe | None, template: str | None, raw: bool = False) -> Template | None:
-    """The template that a text goes through: the flag's, else the recipe's, unless `raw`."""
-    text = None if raw else template or (recipe.template if recipe else None)
-    return Template(text) if text else None
-
-
 def example_of(text: str, template: Template | None, where: str = "the input") -> Example:
     """A text from the command line as the prompt was trained to see it.
 
@@ -111,7 +140,7 @@ def example_of(text: str, template: Template | None, where: str = "the input") -
     """
     if template is None or is_templated(text, template):
         return Example(text.rstrip(" "), ("",), where=where)
-    return input_example(Row(where, _fields(text, template, where)), template)
+    return input_example(Row(where, fields_of(text, template, template.fields[:-1], where)), template)
 
 
 def examples_of(file: str, template: Template | None, column: str | None = None) -> list[Example]:
@@ -119,24 +148,3 @@ def examples_of(file: str, template: Template | None, column: str | None = None)
     if Path(file).suffix.lower() == ".txt":
         return [example_of(row.values["text"], template, row.where) for row in read_rows(file)]
     return [input_example(row, template, column) for row in read_rows(file)]
-
-
-def _input_fields(template: Template) -> tuple[str, ...]:
-    return template.fields[:-1]
-
-
-def _fields(text: str, template: Template, where: str) -> dict[str, Any]:
-    if len(_input_fields(template)) == 1:
-        return {_input_fields(template)[0]: text}
-    try:
-        values = json.loads(text) if _input_fields(template) else {}
-    except json.JSONDecodeError:
-        values = None
-    if not isinstance(values, dict):
-        names = _input_fields(template)
-        example = ", ".join(f'"{name}": "…"' for name in names)
-        raise ConfigError(
-            f"the template {template.text!r} has {len(names)} input fields, so {where} must be a JSON "
-            f"object: {{{example}}}; --raw takes the text as it is"
-        )
-    return values

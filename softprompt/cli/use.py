@@ -11,17 +11,30 @@ import torch
 import typer
 from torch import Tensor
 
-from softprompt.checkpoint import load_adapter, save_adapter
+from softprompt.checkpoint import SavedAdapter, load_adapter, save_adapter
+from softprompt.cli.cloze import cloze_inputs, read_cloze, template_text
 from softprompt.cli.prompted import Prompted, base_name, open_prompted, read_saved
-from softprompt.data import Example, LabelledExample, encode_all, encode_labels, expand, load_examples, load_labelled
+from softprompt.data import Example, LabelledExample, encode_labels, expand, load_examples, load_labelled
+from softprompt.data.cloze import as_text, load_cloze
+from softprompt.data.examples import without_slots
 from softprompt.errors import ConfigError
-from softprompt.evaluate import evaluate_accuracy, evaluate_loss, generate_texts, pad_id, predict_labels, score_texts
+from softprompt.evaluate import (
+    evaluate_accuracy,
+    evaluate_cloze,
+    evaluate_loss,
+    generate_texts,
+    pad_id,
+    predict_cloze,
+    predict_labels,
+    score_texts,
+)
 from softprompt.inspect_prompt import PromptFacts, describe, describe_kv, saved_kv
 from softprompt.loading import load_base, load_tokenizer
 from softprompt.methods import PrefixTuningConfig
 from softprompt.prompt import KV
-from softprompt.recipe import did_you_mean
+from softprompt.recipe import Recipe, did_you_mean
 from softprompt.report.nearest import nearest_tokens
+from softprompt.template import Template
 
 Scores = dict[str, dict[str, float]]
 
@@ -51,6 +64,7 @@ def answers(
 
         options["streamer"] = TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore
     torch.manual_seed(decoding.seed)
+    inputs = [without_slots(example) for example in inputs] if frozen else inputs
     limit = opened.new_tokens(inputs, decoding.max_new_tokens)
     with opened.model.disable_adapter() if frozen else nullcontext():
         return generate_texts(opened.model, opened.tokenizer, inputs, limit, decoding.batch_size, **options)
@@ -65,6 +79,20 @@ def print_answers(inputs: Sequence[Example], texts: Sequence[str], as_json: bool
             typer.echo(" ".join(text.split()) if one_per_line else text)
 
 
+def cloze_answers(
+    opened: Prompted, text: str | None, file: str | None, batch_size: int, frozen: bool
+) -> tuple[list[Example], list[str]]:
+    """Inputs as plain text, and the label that is chosen for each."""
+    assert opened.cloze is not None
+    cloze = opened.cloze
+    examples = cloze_inputs(cloze, text, file)
+    rows = cloze.encode(examples, opened.room)
+    with opened.model.disable_adapter() if frozen else nullcontext():
+        rows = [row.without_slots() for row in rows] if frozen else rows
+        labels = predict_cloze(opened.model, cloze, rows, batch_size)
+    return [Example(as_text(each, cloze.template, "[MASK]"), ("",), where=each.where) for each in examples], labels
+
+
 @dataclass(frozen=True)
 class EvalSettings:
     """Of `softprompt eval`; what is None is taken from the run's recipe."""
@@ -77,30 +105,61 @@ class EvalSettings:
     limit: int | None
     max_new_tokens: int
     batch_size: int
+    only: str | None = None
 
 
 def measure(load: Callable[[], Prompted], prompt: Path, settings: EvalSettings, frozen: bool) -> Scores:
     """Scores by the names `frozen` and `prompt`. The data is read before the model, so that its errors come first."""
     saved, recipe = read_saved(prompt)
-    if settings.template is None and settings.input_column is None and settings.target_column is None and recipe:
-        settings = replace(settings, template=recipe.template, input_column=recipe.input_column,
-                           target_column=recipe.target_column)  # fmt: skip
+    if read_cloze(prompt) is not None:
+        return _cloze_scores(load, saved, recipe, settings, frozen)
+    if settings.template is None and settings.input_column is None and settings.target_column is None:
+        own = recipe or Recipe()
+        settings = replace(settings, template=template_text(saved, recipe, None), input_column=own.input_column,
+                           target_column=own.target_column, only=settings.only or own.only)  # fmt: skip
     if str(saved.config.task_type) == "SEQ_CLS":
         return {"prompt": _accuracy(load(), settings)}
     examples = load_examples(settings.data, settings.template, settings.input_column, settings.target_column,
-                             settings.split, settings.limit)  # fmt: skip
+                             settings.split, settings.limit, settings.only)  # fmt: skip
     opened = load()
     scores = {}
-    if frozen:
+    if frozen and not opened.tuned:
         with opened.model.disable_adapter():
-            scores["frozen"] = _text_scores(opened, examples, settings)
+            scores["frozen"] = _text_scores(opened, [without_slots(each) for each in examples], settings)
     scores["prompt"] = _text_scores(opened, examples, settings)
+    return scores
+
+
+def _cloze_scores(
+    load: Callable[[], Prompted], saved: SavedAdapter, recipe: Recipe | None, settings: EvalSettings, frozen: bool
+) -> Scores:
+    """Accuracy or P@1 and loss; a base model that was tuned along has no frozen one to compare with."""
+    if settings.input_column:
+        raise ConfigError("a cloze task takes its texts from the template's fields; leave --input-column out")
+    text = template_text(saved, recipe, settings.template)
+    column = settings.target_column or (recipe.target_column if recipe else None)
+    only = settings.only or (recipe.only if recipe else None)
+    opened: Prompted | None = None
+    if text is None:
+        opened = load()
+        assert opened.cloze is not None
+        text = opened.cloze.template.text
+    examples = load_cloze(settings.data, Template(text), column, settings.split, settings.limit, only)
+    opened = opened or load()
+    assert opened.cloze is not None
+    rows = opened.cloze.encode(examples, opened.room)
+    scores = {}
+    if frozen and not opened.tuned:
+        with opened.model.disable_adapter():
+            bare = [row.without_slots() for row in rows]
+            scores["frozen"] = evaluate_cloze(opened.model, opened.cloze, bare, settings.batch_size)
+    scores["prompt"] = evaluate_cloze(opened.model, opened.cloze, rows, settings.batch_size)
     return scores
 
 
 def _text_scores(opened: Prompted, examples: Sequence[Example], settings: EvalSettings) -> dict[str, float]:
     """Loss over every (input, target) pair, BLEU and chrF of one answer per input against all its references."""
-    pairs = encode_all(expand(examples), opened.tokenizer, opened.room)
+    pairs = opened.encode(expand(examples))
     loss = evaluate_loss(opened.model, pairs, settings.batch_size)
     limit = opened.new_tokens(examples, settings.max_new_tokens)
     texts = generate_texts(opened.model, opened.tokenizer, examples, limit, settings.batch_size)
@@ -109,7 +168,7 @@ def _text_scores(opened: Prompted, examples: Sequence[Example], settings: EvalSe
 
 def _accuracy(opened: Prompted, settings: EvalSettings) -> dict[str, float]:
     examples, _ = load_labelled(settings.data, settings.input_column, settings.target_column, settings.split,
-                                settings.limit, opened.label_names)  # fmt: skip
+                                settings.limit, opened.label_names, settings.only)  # fmt: skip
     rows = encode_labels(examples, opened.tokenizer, opened.room)
     return evaluate_accuracy(opened.model, rows, settings.batch_size, pad_id(opened.tokenizer))
 
@@ -124,7 +183,7 @@ def facts_of(prompt: Path, model: str | None, nearest: int) -> tuple[PromptFacts
         return facts, ""
     if model is None and recipe is None:
         return facts, "give --model to see the vocabulary tokens nearest to each virtual token"
-    name = base_name(model, recipe)
+    name = base_name(model, recipe, prompt)
     tokenizer = load_tokenizer(name)
     words = load_base(name, tokenizer).get_input_embeddings().weight
     assert isinstance(words, Tensor)

@@ -95,6 +95,7 @@ def load_examples(
     target_column: str | None = None,
     split: str = "train",
     limit: int | None = None,
+    only: str | None = None,
 ) -> list[Example]:
     """Examples of a .jsonl, .json, .csv, .tsv or .parquet file, or of a `datasets` name (`name[:configuration]`).
 
@@ -104,7 +105,7 @@ def load_examples(
     parsed = Template(template) if template is not None else None
     if parsed is not None and (input_column or target_column):
         raise ConfigError("give a template or an input and target column, not both")
-    rows = read_rows(source, split, limit)
+    rows = read_rows(source, split, limit, only)
     if parsed is not None:
         return [templated(row, parsed) for row in rows]
     if not input_column and not target_column and "messages" in rows[0].values and "input" not in rows[0].values:
@@ -163,13 +164,14 @@ def load_labelled(
     split: str = "train",
     limit: int | None = None,
     label_names: Sequence[str] | None = None,
+    only: str | None = None,
 ) -> tuple[list[LabelledExample], list[str]]:
     """Texts with classes, and the classes' names in the order of their indices.
 
     Labels are whole numbers from 0 or names. Names are numbered in alphabetical order, or as in `label_names` (pass
     the training set's to read a test set). The text column defaults to the only other column there is.
     """
-    rows = read_rows(source, split, limit)
+    rows = read_rows(source, split, limit, only)
     label_column = label_column or "label"
     values = [column_of(row, label_column, "name the one that holds the class") for row in rows]
     text_column = text_column or _only_other_column(rows[0], label_column)

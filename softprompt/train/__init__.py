@@ -116,7 +116,7 @@ class Trainer:
         trainer = cls(recipe, folder, model, tokenizer, data, console, objective)
         folder.begin(recipe)
         if data.cloze is not None:
-            folder.write_json(VERBALIZER, data.cloze.verbalizer.to_dict())
+            folder.write_json(VERBALIZER, data.cloze.to_dict())
         if state is not None:
             trainer.restore(state)
         folder.rewind_metrics(trainer.progress.step or -1)  # a run that stands at 0 measures its start again

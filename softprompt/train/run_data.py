@@ -19,11 +19,13 @@ from softprompt.data import (
     LabelledExample,
     encode_all,
     encode_labels,
+    encode_pairs,
     expand,
     load_examples,
     load_labelled,
 )
 from softprompt.data.cloze import ClozeExample
+from softprompt.errors import ConfigError
 from softprompt.geometry import Geometry
 from softprompt.recipe import Recipe
 from softprompt.recipe_cloze import slots_of
@@ -91,8 +93,10 @@ class TextSource(Source):
     @classmethod
     def read(cls, recipe: Recipe) -> TextSource:
         columns = (recipe.template, recipe.input_column, recipe.target_column)
-        train = expand(load_examples(recipe.train, *columns, limit=recipe.train_limit))
-        return cls(train, load_examples(recipe.eval, *columns, split="validation") if recipe.eval else [])
+        train = expand(load_examples(recipe.train, *columns, limit=recipe.train_limit, only=recipe.only))
+        if not recipe.eval:
+            return cls(train, [])
+        return cls(train, load_examples(recipe.eval, *columns, split="validation", only=recipe.only))
 
     def texts(self) -> list[str]:
         return [as_text(example) for example in self.train]
@@ -100,10 +104,26 @@ class TextSource(Source):
     def encode(
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int, base: PreTrainedModel
     ) -> RunData:
-        length = row_length(recipe, context)
         pairs = _spread(expand(self.held_out), recipe.eval_limit or EVAL_PAIRS)
         shown = _spread(self.held_out or self.train, recipe.samples)
-        return RunData(encode_all(self.train, tokenizer, length), encode_all(pairs, tokenizer, length), shown)
+        rows = [encode_texts(part, recipe, tokenizer, context, base) for part in (self.train, pairs)]
+        return RunData(rows[0], rows[1], shown)
+
+
+def encode_texts(
+    examples: Sequence[Example],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    base: PreTrainedModel,
+) -> list[Encoded]:
+    """Rows with targets to write, as this kind of model takes them; ConfigError where the recipe means another kind."""
+    pairs, task = bool(base.config.is_encoder_decoder), recipe.task
+    if pairs != (task == "SEQ_2_SEQ_LM"):
+        kind, right = ("an encoder-decoder", "SEQ_2_SEQ_LM") if pairs else ("no encoder-decoder", "CAUSAL_LM")
+        raise ConfigError(f"task is {task}, but {recipe.model} is {kind}; use task: {right}")
+    length = row_length(recipe, context)
+    return encode_pairs(examples, tokenizer, length, context) if pairs else encode_all(examples, tokenizer, length)
 
 
 @final
@@ -118,10 +138,10 @@ class LabelSource(Source):
     @classmethod
     def read(cls, recipe: Recipe) -> LabelSource:
         columns = (recipe.input_column, recipe.target_column)
-        train, names = load_labelled(recipe.train, *columns, limit=recipe.train_limit)
+        train, names = load_labelled(recipe.train, *columns, limit=recipe.train_limit, only=recipe.only)
         held_out: list[LabelledExample] = []
         if recipe.eval:
-            held_out, _ = load_labelled(recipe.eval, *columns, split="validation", label_names=names)
+            held_out, _ = load_labelled(recipe.eval, *columns, split="validation", label_names=names, only=recipe.only)
         return cls(train, held_out, names)
 
     def texts(self) -> list[str]:
