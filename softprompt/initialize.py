@@ -167,8 +167,8 @@ def _kv_of_ids(model: SoftPromptModel, ids: list[int], config: KVConfig, count: 
         return KV(tuple(recording.layers)).detach()
     pairs = dict(zip(recording.modules, recording.layers, strict=True))
     wanted = (config.decoder_prefix, config.cross_prefix, config.encoder_prefix)
-    parts = (
+    own, cross, encoder = (
         tuple(pairs[module] for module in modules) if want else ()
         for modules, want in zip(model.door.modules, wanted, strict=True)
     )
-    return KV(*parts).detach()
+    return KV(own, cross, encoder).detach()
