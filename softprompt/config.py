@@ -5,7 +5,7 @@ one probe of the model. A config is never changed in place; `dataclasses.replace
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -111,6 +111,10 @@ class PromptConfig:
         """How many times the p rows of a prompt stand in its checkpoint."""
         return 1
 
+    def as_saved(self) -> Self:
+        """This config as `adapter_config.json` holds it."""
+        return replace(self, inference_mode=True)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; enums become their strings."""
         return {key: value.value if isinstance(value, Enum) else value for key, value in asdict(self).items()}
@@ -208,6 +212,15 @@ class KVConfig(PromptConfig):
         for shape in self.layer_shapes or []:
             if len(shape) != 3 or not all(type(size) is int and 0 < size <= 1_000_000 for size in shape):
                 raise ConfigError(f"layer_shapes holds {shape}; each entry is [heads, key size, value size].")
+
+    @property
+    def paired(self) -> bool:
+        """Whether its checkpoint has PEFT's form for encoder-decoders, two pairs per layer (see `softprompt.pairs`)."""
+        return self.num_transformer_submodules == 2 and self.layer_shapes is None
+
+    def as_saved(self) -> Self:
+        saved = super().as_saved()
+        return replace(saved, num_layers=2 * self.num_layers) if self.paired and self.num_layers else saved
 
     @property
     def prefix_shapes(self) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """What a saved prompt is, in numbers: its method and size, the norms of its vectors, the vocabulary nearest to them."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,9 @@ def saved_kv(saved: SavedAdapter) -> KV | None:
     if not issubclass(METHODS[method_name(config.peft_type)], KVPrompt):
         return None
     assert isinstance(config, KVConfig)
-    return KV.from_flat(saved.tensors["prompt_embeddings"].float(), config)
+    kv = KV.from_flat(saved.tensors["prompt_embeddings"].float(), config)
+    used = kv.layers[::2] if config.paired and len(kv.layers) % 2 == 0 else kv.layers
+    return replace(kv, layers=used)
 
 
 def describe(saved: SavedAdapter, folder: Path) -> PromptFacts:

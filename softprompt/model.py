@@ -255,7 +255,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
             tensors = {**saved, **self.heads.state(name)}
             kept = {key: value.detach().cpu() for key, value in encoder.state_dict().items()} if keep_encoder else None
             if is_main_process:
-                config = replace(self.peft_config[name], inference_mode=True, auto_mapping=self._auto_mapping(name))
+                config = replace(self.peft_config[name].as_saved(), auto_mapping=self._auto_mapping(name))
                 checkpoint.save_adapter(folder, config, tensors, kept)
 
     def _auto_mapping(self, name: str) -> dict[str, str] | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softprompt.config import KVConfig, PromptConfig, TaskType
 from softprompt.errors import ConfigError
 from softprompt.geometry import Geometry
+from softprompt.pairs import dealt, twice
 
 METHODS: "dict[str, type[SoftPrompt]]" = {}
 """Every method by its name; filled by subclassing, see `SoftPrompt`."""
@@ -294,13 +295,32 @@ class KVPrompt(SoftPrompt):
             config = replace(config, token_dim=None)
         if config.num_attention_heads == geometry.query_heads:
             config = replace(config, num_attention_heads=None)
-        return _filled(replace(config, layer_shapes=shapes), token_dim=heads * key_size,
-                       num_layers=len(geometry.layers), num_attention_heads=heads)  # fmt: skip
+        count = len(geometry.layers)
+        if config.paired and config.num_layers == 2 * count:  # as a checkpoint counts them
+            config = replace(config, num_layers=None)
+        config = replace(config, layer_shapes=shapes, num_transformer_submodules=2 if geometry.encoder_decoder else 1)
+        return _filled(config, token_dim=heads * key_size, num_layers=count, num_attention_heads=heads)
 
     def prompt(self, task_ids: Tensor | None = None) -> KV:
         refuse_tasks(self, task_ids)
         assert isinstance(self.config, KVConfig)
         return KV.from_flat(self.all_vectors(), self.config)
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """As every method's; `[n, 2·width]` where a checkpoint has two pairs per layer (`KVConfig.paired`)."""
+        saved, (config, layers) = super().saved_tensors(), self._layers()
+        return saved | ({"prompt_embeddings": twice(saved["prompt_embeddings"], layers)} if config.paired else {})
+
+    def load_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        config, layers = self._layers()
+        if config.paired:
+            flat = dealt(tensors["prompt_embeddings"], layers, config.prefix_width // layers)
+            tensors = {**tensors, "prompt_embeddings": flat}
+        super().load_saved(tensors)
+
+    def _layers(self) -> tuple[KVConfig, int]:
+        assert isinstance(self.config, KVConfig) and self.config.num_layers is not None
+        return self.config, self.config.num_layers
 
 
 def refuse_tasks(encoder: SoftPrompt, task_ids: Tensor | None) -> None:

@@ -132,9 +132,11 @@ def write_config(folder: Path, config: PromptConfig) -> None:
 
 def check_fits(saved: SavedAdapter, geometry: Geometry) -> None:
     """Raise CheckpointError if the adapter was made for a base model of other sizes, naming each and both numbers."""
-    config = saved.config
-    sizes: list[tuple[str, Any, Any]] = [("layers", config.num_layers, len(geometry.layers) or None)]
+    config, count = saved.config, len(geometry.layers) or None
+    doubled = isinstance(config, KVConfig) and config.paired and count and config.num_layers == 2 * count
+    sizes: list[tuple[str, Any, Any]] = [("layers", count if doubled else config.num_layers, count)]
     if isinstance(config, KVConfig):
+        _check_paired(saved, config, geometry)
         layers = geometry.prefix_layers(config)
         shapes = [[layer.heads, layer.key_size, layer.value_size] for layer in layers]
         there = config.prefix_shapes
@@ -159,6 +161,15 @@ def check_fits(saved: SavedAdapter, geometry: Geometry) -> None:
         raise CheckpointError(
             f"{saved.source} was made for another base model{name}: {'; '.join(wrong)}; load that base model, or train "
             f"a prompt for this one."
+        )
+
+
+def _check_paired(saved: SavedAdapter, config: KVConfig, geometry: Geometry) -> None:
+    if geometry.encoder_decoder and config.num_transformer_submodules == 1 and config.layer_shapes is None:
+        raise CheckpointError(
+            f"{saved.source} has num_transformer_submodules=1 for an encoder-decoder: PEFT runs cross-attention over "
+            "the decoder's own cache there, which is not repeated here; train the prefix again, here or with "
+            "num_transformer_submodules=2."
         )
 
 
@@ -215,7 +226,10 @@ def _prompt_shapes(config: PromptConfig, path: Path) -> dict[str, tuple[int, ...
 
 
 def _encoder_shapes(config: PromptConfig, path: Path) -> dict[str, tuple[int, ...]]:
-    return _state_shapes(replace(config, inference_mode=False), path)
+    """Of the encoder as it was trained, with the layers of its model."""
+    paired = isinstance(config, KVConfig) and config.paired
+    layers = (config.num_layers or 0) // 2 if paired else config.num_layers
+    return _state_shapes(replace(config, inference_mode=False, num_layers=layers or None), path)
 
 
 def _state_shapes(config: PromptConfig, path: Path) -> dict[str, tuple[int, ...]]:
