@@ -13,6 +13,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from softprompt import checkpoint
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
+from softprompt.drafting import drafting
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.heads import Heads, with_default_heads
 from softprompt.probe import find_door, word_table
@@ -220,6 +221,14 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
 
         Caches hold real tokens only, unless the prompt stands inside the rows or the model keeps a state.
         """
+        assistant = kwargs.get("assistant_model")
+        if isinstance(assistant, SoftPromptModel) and assistant._enabled:
+            with drafting(assistant) as stand_in:
+                kwargs["assistant_model"] = stand_in
+                return self._generate(args, kwargs, task_ids, slots)
+        return self._generate(args, kwargs, task_ids, slots)
+
+    def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any], task_ids: Any, slots: Any) -> Any:
         if not self._enabled:
             return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
         encoder = self.encoder()
