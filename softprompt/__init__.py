@@ -1,5 +1,6 @@
 """Soft prompts over frozen Hugging Face models: one frozen model, a few learned vectors per task."""
 
+from softprompt.compare import compare_prompts, initialize_from_prompt
 from softprompt.compose import compose_cartridge_adapters, compose_prefixes
 from softprompt.config import PromptConfig, TaskType
 from softprompt.errors import CheckpointError, ConfigError, DataError, SoftPromptError, UnsupportedError
@@ -83,10 +84,12 @@ __all__ = [
     "TaskType",
     "UnsupportedError",
     "__version__",
+    "compare_prompts",
     "compose_cartridge_adapters",
     "compose_prefixes",
     "get_peft_config",
     "get_peft_model",
+    "initialize_from_prompt",
     "initialize_from_text",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",

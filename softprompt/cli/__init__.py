@@ -309,6 +309,25 @@ def compare(
 
 
 @app.command()
+def compare(
+    prompts: Annotated[list[Path], typer.Argument(help="Folders of saved prompts, two or more.")],
+    metric: Annotated[
+        str, typer.Option("--metric", help="average (of the prompts' mean tokens) or per-token (mean over all pairs).")
+    ] = "average",
+    as_json: AsJson = False,
+) -> None:
+    """Compare prompts of several tasks: the cosine between each two, from −1 to 1."""
+    from softprompt.cli.output import print_comparison
+    from softprompt.compare import compare_prompts
+
+    comparison = compare_prompts(prompts, metric)
+    if as_json:
+        typer.echo(json.dumps(comparison.to_dict(), ensure_ascii=False))
+    else:
+        print_comparison(Console(), comparison)
+
+
+@app.command()
 def methods() -> None:
     """List the methods with their papers and flags."""
     from softprompt.cli.output import print_methods
