@@ -1,4 +1,4 @@
-"""The command line: `softprompt train | generate | eval | show | convert | methods`.
+"""The command line: `softprompt train | generate | eval | show | convert | compare | methods`.
 
 Whatever a user can cause ends with one line on stderr that names the cause and the remedy, and exit status 2; an
 interrupt ends with 130. Any other exception is a bug, and shows its traceback.
@@ -287,25 +287,6 @@ def convert(
     from softprompt.cli.use import convert_prompt
 
     typer.echo(convert_prompt(prompt, to, out, model))
-
-
-@app.command()
-def compare(
-    prompts: Annotated[list[Path], typer.Argument(help="Folders of saved prompts, two or more.")],
-    metric: Annotated[
-        str, typer.Option("--metric", help="average (of the prompts' mean tokens) or per-token (mean over all pairs).")
-    ] = "average",
-    as_json: AsJson = False,
-) -> None:
-    """Compare prompts of several tasks: the cosine between each two, from −1 to 1."""
-    from softprompt.cli.output import print_comparison
-    from softprompt.compare import compare_prompts
-
-    comparison = compare_prompts(prompts, metric)
-    if as_json:
-        typer.echo(json.dumps(comparison.to_dict(), ensure_ascii=False))
-    else:
-        print_comparison(Console(), comparison)
 
 
 @app.command()

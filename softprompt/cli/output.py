@@ -15,7 +15,6 @@ from softprompt.methods import METHODS
 
 if TYPE_CHECKING:
     from softprompt.compare import Comparison
-    from softprompt.compare import Comparison
     from softprompt.train import RunResult
 
 FORMATS = {
@@ -107,24 +106,6 @@ def _print_nearest(console: Console, facts: PromptFacts) -> None:
     for number, (norm, tokens) in enumerate(zip(facts.token_norms, facts.nearest, strict=True)):
         table.add_row(str(number), f"{norm:.3f}", escape("  ".join(f"{token!r} {cos:.2f}" for token, cos in tokens)))
     console.print(table)
-
-
-def print_comparison(console: Console, comparison: "Comparison") -> None:
-    """The matrix of `softprompt compare`, with a remark where the prompts may not belong to one base model."""
-    names = _short(comparison.names)
-    table = Table("", *(escape(name) for name in names))
-    for name, row in zip(names, comparison.similarity, strict=True):
-        table.add_row(escape(name), *(f"{value:.3f}" for value in row))
-    console.print(table)
-    bases = sorted({base for base in comparison.base_models if base})
-    if len(bases) > 1:
-        console.print(f"Note: these prompts name different base models: {escape(', '.join(bases))}", soft_wrap=True)
-
-
-def _short(names: list[str]) -> list[str]:
-    """The last part of each path, where those are all different."""
-    last = [Path(name).name for name in names]
-    return last if len(set(last)) == len(names) else names
 
 
 def print_comparison(console: Console, comparison: "Comparison") -> None:
