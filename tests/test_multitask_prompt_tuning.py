@@ -190,7 +190,7 @@ def test_an_embedded_text_is_where_every_task_starts() -> None:
 def test_wrong_task_ids(task_ids: Tensor | None, message: str) -> None:
     model, batch = multitask(CELLS[0]), tiny.ragged()
     for call in (model, model.generate):
-        options = {} if call is model else {"max_new_tokens": 2, "pad_token_id": tiny.PAD}
+        options: Any = {} if call is model else {"max_new_tokens": 2, "pad_token_id": tiny.PAD}
         with pytest.raises(ConfigError, match=message):
             call(**batch, task_ids=task_ids, **options)
 

@@ -4,8 +4,9 @@ Task k's prompt is P_k = P* ∘ W_k, W_k = u_k v_kᵀ (equation 1): a table P* �
 matrix of rank r. P* is learned on source tasks and goes on to a target task with the sources' u and v (section 3.3).
 """
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, final
@@ -13,10 +14,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from softprompt.config import EmbeddingConfig, parse_enum
+from softprompt.config import EmbeddingConfig, PromptConfig, TaskType, parse_enum
 from softprompt.errors import CheckpointError, ConfigError
 from softprompt.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
-from softprompt.prompt import EmbeddingPrompt, Embeddings, need_count
+from softprompt.prompt import EmbeddingPrompt, Embeddings, Geometry, need_count
 
 
 class MultitaskPromptTuningInit(str, Enum):
@@ -155,12 +156,28 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
         else:
             self.embedding = PromptEmbedding(config._as_prompt_tuning(), word_embeddings).embedding
 
+    @classmethod
+    def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
+        """On an encoder-decoder the prompt stands before the encoder's input, as in the paper.
+
+        PEFT by default (`num_transformer_submodules=2`) has a second prompt, which its `forward` puts before the
+        decoder's input and its `generate` leaves out. Such a prompt is used here as there in `generate`, with a
+        warning, and is saved with one, which PEFT uses alike in both.
+        """
+        if config.num_transformer_submodules == 2:
+            warnings.warn(
+                "this multitask prompt has a second part for the decoder, which PEFT trains but leaves out of generate;"
+                " it is left out here too: set num_transformer_submodules=1 to train without it.",
+                stacklevel=2,
+            )
+        return super().fill(replace(config, num_transformer_submodules=1), geometry)
+
     @torch.no_grad()
     def _start_from_source(self, config: MultitaskPromptTuningConfig) -> None:
         """Take P* and, unless `ONLY_SOURCE_SHARED`, u and v (one task's or the mean) from a trained adapter."""
         init, path = config.prompt_tuning_init, str(config.prompt_tuning_init_state_dict_path)
         tensors, count = read_source(path), config.num_virtual_tokens
-        if len(tensors["prompt_embeddings"]) == count * config.saved_copies:
+        if config.task_type is TaskType.SEQ_2_SEQ_LM and len(tensors["prompt_embeddings"]) == 2 * count:
             tensors = {name: each.narrow(self.token_dims[name], 0, count) if name in self.token_dims else each
                        for name, each in tensors.items()}  # fmt: skip
         _take(self.embedding.weight, tensors["prompt_embeddings"], f"prompt_embeddings of the source {path}")
