@@ -23,9 +23,8 @@ from softprompt.doors.prefixed_cache import (
     additive,
     count_columns,
     filled,
+    left_padding,
     of_sequences,
-    order_columns,
-    visible_columns,
     widen,
 )
 from softprompt.errors import ConfigError, UnsupportedError
@@ -184,13 +183,13 @@ class CacheDoor:
         self._check_room(length, columns, positions)
         if prefix is None:
             return changed
-        order = None if mask is None else order_columns(visible_columns(mask), length, columns)
+        padding = None if mask is None else left_padding(mask)
         returned = call.get("past_key_values") if own is None else own
         wanted = call.get("return_dict")
         wanted = self.body.config.return_dict if wanted is None else wanted
-        opening.cache = PrefixedCache(own, prefix, order, returned, as_tuple=not wanted)
+        opening.cache = PrefixedCache(own, prefix, padding, returned, as_tuple=not wanted)
         if mask is not None:
-            mask = widen(mask if _backend(self.body) != "eager" else additive(mask, self.body.dtype), length, order)
+            mask = widen(mask if _backend(self.body) != "eager" else additive(mask, self.body.dtype), length, padding)
         return {**changed, "past_key_values": opening.cache, "attention_mask": mask, "return_dict": True}
 
     def _own_cache(self, call: dict[str, Any]) -> Any:

@@ -20,13 +20,13 @@ from softprompt.prompt import KV, spread
 class PrefixedCache:
     """What the layers of one call see in place of the caller's cache `own` (None: nothing is kept).
 
-    `order` `[B|1, p + own columns]` says where each column comes from, None: the prefix first. `returned` is what the
-    caller gets back as `past_key_values`. With `recording` keys and values are taken down as they come.
+    `padding` `[B|1, 1]` is how many columns stand before the prefix (None: it is first in every row). `returned` is
+    what the caller gets back as `past_key_values`. With `recording` keys and values are taken down as they come.
     """
 
     own: Any
     prefix: KV | None
-    order: Tensor | None = None
+    padding: Tensor | None = None
     returned: Any = None
     as_tuple: bool = False
     recording: Recording | None = None
@@ -56,8 +56,12 @@ class PrefixedCache:
     def _with_prefix(self, prefix: Tensor, own: Tensor) -> Tensor:
         """`[N, h, p, k]` and `[B, h, t, k]` → `[B, h, p + t, k]`, in the latter's type and place."""
         assert self.prefix is not None
-        both = torch.cat([spread(prefix.to(own), self.prefix.rows, own.shape[0]), own], dim=2)
-        return both if self.order is None else both.take_along_dim(self.order[:, None, :, None], dim=2)
+        more = spread(prefix.to(own), self.prefix.rows, own.shape[0])
+        both = torch.cat([more, own], dim=2)
+        if self.padding is not None:  # real tokens are in place already, and what stands at padding is masked
+            columns = self.padding + torch.arange(self.length, device=own.device)
+            both.scatter_(2, columns[:, None, :, None].expand_as(more), more)
+        return both
 
     @property
     def length(self) -> int:
@@ -92,8 +96,9 @@ class PrefixedCache:
         """Attention weights `[B, h, q, p + t]` → `[B, h, q, t]`."""
         if weights is None:
             return None
-        if self.order is not None:
-            weights = weights.take_along_dim(self.order.argsort(dim=1)[:, None, None], dim=3)
+        if self.padding is not None:
+            order = order_columns(self.padding, weights.shape[-1], self.length)
+            weights = weights.take_along_dim(order.argsort(dim=1)[:, None, None], dim=3)
         return weights[..., self.length :]
 
 
@@ -113,15 +118,18 @@ def visible_columns(mask: Tensor) -> Tensor:
     return (mask if mask.dtype is torch.bool else mask > -1000).any(dim=2).any(dim=1)
 
 
-def order_columns(visible: Tensor, length: int, columns: int) -> Tensor | None:
-    """Which column of `[prefix, padding, real tokens]` stands where in `[padding, prefix, real tokens]`.
+def left_padding(mask: Tensor) -> Tensor | None:
+    """How many columns of each row stand before its first real token, `[B|1, 1]`; None where no row has any."""
+    padding = (visible_columns(mask).cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+    return padding if bool(padding.any()) else None
 
-    `visible` `[B, …]` → `[B, length + columns]`; None where no row has padding on its left.
+
+def order_columns(padding: Tensor, columns: int, length: int) -> Tensor:
+    """Which of `columns` columns `[prefix, padding, real tokens]` stands where in `[padding, prefix, real tokens]`.
+
+    `padding` `[B, 1]` and the prefix's `length` → `[B, columns]`.
     """
-    padding = (visible.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
-    if not bool(padding.any()):
-        return None
-    column = torch.arange(length + columns, device=visible.device)[None]
+    column = torch.arange(columns, device=padding.device)[None]
     front = torch.where(column < padding, column + length, column - padding)
     return torch.where(column < padding + length, front, column)
 
@@ -133,14 +141,14 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def widen(mask: Tensor, length: int, order: Tensor | None) -> Tensor:
+def widen(mask: Tensor, length: int, padding: Tensor | None) -> Tensor:
     """A mask `[B, columns]` or `[B, h|1, q, columns]` with columns for the prefix, which every query sees."""
     square = mask.ndim == 4
     seen = mask.new_full((*mask.shape[:-1], length), 0 if square and mask.dtype is not torch.bool else 1)
     both = torch.cat([seen, mask], dim=-1)
-    if order is None:
+    if padding is None:
         return both
-    order = order[:, : both.shape[-1]]
+    order = order_columns(padding, both.shape[-1], length)
     return both.take_along_dim(order[:, None, None] if square else order, dim=-1)
 
 
