@@ -74,6 +74,7 @@ docs: $(VENV)/.run
 	$(BIN)/python scripts/fill_readme.py
 
 readme: $(VENV)/.run
+	$(BIN)/python scripts/make_support.py
 	$(BIN)/python scripts/fill_readme.py
 
 clean:
