@@ -8,6 +8,7 @@ A row that is too long loses words at the end of its longest field (in tokens) u
 longest, then at the end of both, and so on. Words of the template, virtual tokens, masks and special tokens stay.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -268,15 +269,15 @@ def adds_space(tokenizer: Any) -> bool:
 
 def _shortened(parts: Sequence[Part], fields: dict[str, str], over: int, tokenizer: Any, where: str) -> dict[str, str]:
     """`fields` with at least one of them shorter, by about `over` tokens in all."""
-    used = dict.fromkeys(piece.name for part in parts if isinstance(part, tuple) for piece in part
-                         if isinstance(piece, Field))  # fmt: skip
-    counts = dict(zip(used, map(len, text_ids(tokenizer, [fields[name] for name in used])), strict=True))
+    runs = [part for part in parts if isinstance(part, tuple)]
+    uses = Counter(piece.name for run in runs for piece in run if isinstance(piece, Field))
+    counts = dict(zip(uses, map(len, text_ids(tokenizer, [fields[name] for name in uses])), strict=True))
     if not any(counts.values()):
         raise DataError(
             f"{where} does not fit: {over} tokens too many without any text in its fields; shorten the template or "
             "allow a greater max_length if the model has it"
         )
-    limit = _longest_allowed(list(counts.values()), over)
+    limit = _longest_allowed([counts[name] for name in uses.elements()], over)
     cut = {name: _cut(fields[name], limit, tokenizer) for name, count in counts.items() if count > limit}
     return {**fields, **cut}
 
@@ -296,7 +297,7 @@ def _cut(text: str, tokens: int, tokenizer: Any) -> str:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if len(text_ids(tokenizer, [text[:middle]])[0]) <= tokens else (low, middle - 1)
     start = text[:low]
-    if low < len(text) and not text[low].isspace():  # the cut goes through a word
+    if low < len(text) and not text[low].isspace() and not start[-1:].isspace():  # the cut goes through a word
         whole = start[: max(0, *map(start.rfind, " \n\t"))]
         start = whole if whole.strip() else start
     return start.rstrip()
