@@ -65,9 +65,11 @@ _TABLE: dict[tuple[str, str], Defaults] = {
         beta2=0.8,
         method_options={"prefix_projection": False},
     ),
+    # Six source tasks on the embedded model, 150 steps of 16: mean held-out loss 0.943; with a task_learning_rate of
+    # 0.02 1.002, of 0.1 0.962, and then without teachers 1.039, at temperature 1 0.974, with AdamW (0.1 for all) 1.091.
     ("multitask_prompt_tuning", "CAUSAL_LM"): Defaults(
         learning_rate=0.3,
-        task_learning_rate=0.02,
+        task_learning_rate=0.3,
         distillation=0.9,
         temperature=2.0,
         optimizer="muon",

@@ -1,0 +1,361 @@
+"""Does a prompt learnt on six tasks help on a seventh? Multitask prompt tuning beside plain prompts and PEFT.
+
+    python benchmarks/quality_mpt.py                   runs what is missing, writes the table
+    python benchmarks/quality_mpt.py --table           only writes benchmarks/results/mpt.md
+
+The embedded model; tasks of mpt_tasks.py. Sources: `softprompt train` on all of them at once, with a teacher each. For
+each target, k of its training rows are drawn five times. Every arm gets the same rows in the same order, the same
+number of steps, warm-up, decay and clipping, and keeps its last step (k rows leave none to choose by). Learning rates:
+for each arm the best of `RATES` by the mean loss over all targets on rows kept for that, after training on one other
+draw of `GRID_SHOTS` rows. PEFT, which brings no training loop, gets ours with torch's AdamW, on the sources too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, Records, assets, fingerprint, machine, spread_of, table
+from mpt_tasks import SOURCES, TARGETS, TEMPLATE, TEST, few, write_tasks
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from softprompt import MultitaskPromptTuningConfig, PromptTuningConfig, SoftPromptModel, get_peft_model
+from softprompt.data import IGNORED, Encoded, Example, collate, encode_all, load_examples
+from softprompt.evaluate import pad_id
+from softprompt.initialize import initialize_from_text
+from softprompt.loading import load_base, load_tokenizer, resolve_model
+from softprompt.recipe import EMBEDDED, Recipe
+from softprompt.train import train
+from softprompt.train.batches import BatchOrder, rate_factor
+from softprompt.train.multitask_data import TaskOrder
+from softprompt.train.optimizers import build_optimizer
+from softprompt.train.run_data import starting_text
+
+TOKENS, BATCH, WARMUP = 20, 16, 0.06
+SHOTS, DRAWS = (16, 32, 64), 5
+STEPS, SMALL_BATCH = 40, 8  # of an adaptation
+GRID_SHOTS, GRID_DRAW = 32, 99
+TEACHER_STEPS = 80
+ARMS = {
+    "plain": "a prompt of its own",
+    "peft": "PEFT's MPT, mean of the sources",
+    "mpt": "MPT, mean of the sources",
+    "folded": "a plain prompt from the same start",
+    "untaught": "MPT, sources without teachers",
+    "small": "MPT, sources without teachers, start N(0, 0.02) as PEFT",
+}
+MAIN = ("plain", "peft", "mpt", "folded")
+# (rate of the prompt, rate of u and v); PEFT's users have one optimiser with one rate
+RATES: dict[str, list[tuple[float, float | None]]] = {
+    "plain": [(0.1, None), (0.3, None), (0.6, None)],
+    "folded": [(0.03, None), (0.1, None), (0.3, None)],
+    "mpt": [(0.03, 0.03), (0.1, 0.1), (0.3, 0.3), (0.1, 0.3)],
+    "peft": [(0.03, None), (0.1, None), (0.3, None)],
+}
+PEFT_SOURCE = [("RANDOM", 0.1), ("RANDOM", 0.3), ("TEXT", 0.3)]
+PEFT_GRID_STEPS = 60
+
+
+class Bench:
+    """The model, the tasks in files and the records; `work` keeps the sources, so that a stopped run goes on."""
+
+    def __init__(self, records: Records, work: Path, steps: int) -> None:
+        self.records, self.work, self.steps = records, work, steps
+        work.mkdir(parents=True, exist_ok=True)
+        self.files = write_tasks(assets() / "data", work)
+        self.tokenizer = load_tokenizer(EMBEDDED)
+        self.weights = fingerprint(Path(resolve_model(EMBEDDED)))
+        self.tests, self.kept = ({name: self.encoded(self.files[name][n]) for name in TARGETS} for n in (1, 2))
+
+    def encoded(self, file: Path, task: int | None = None) -> list[Encoded]:
+        rows = encode_all(load_examples(file, template=TEMPLATE), self.tokenizer, 500)
+        return [Encoded(row.input_ids, row.labels, task) for row in rows]
+
+    def base(self) -> Any:
+        return load_base(EMBEDDED, self.tokenizer, device="cpu")
+
+    def record(self, scores: dict[str, float], **what: Any) -> dict[str, Any]:
+        row = {"weights": self.weights, **what, **scores}
+        self.records.add(row)
+        return row
+
+    def find(self, **wanted: Any) -> list[dict[str, Any]]:
+        return self.records.find(weights=self.weights, **wanted)
+
+    # ---- sources ---------------------------------------------------------------------------------------------------
+
+    def source(self, name: str, **settings: Any) -> Path:
+        """The folder of a source run, made if it is not there: `softprompt train` on all source tasks."""
+        out = self.work / name
+        if not (out / "summary.json").is_file():
+            tasks = {each: {"train": str(self.files[each][0]), "template": TEMPLATE} for each in SOURCES}
+            tasks = {each: {**data, "eval": str(self.files[each][1])} for each, data in tasks.items()}
+            recipe = Recipe(
+                tasks=tasks, out=str(out), method="multitask_prompt_tuning", num_virtual_tokens=TOKENS, samples=0,
+                steps=self.steps, batch_size=BATCH, eval_limit=120, eval_steps=self.steps, device="cpu",
+                **settings,
+            )  # fmt: skip
+            result = train(recipe, resume=(out / "recipe.yaml").is_file())
+            self.record(result.best, arm="source", name=name, steps=self.steps, seconds=round(result.seconds, 1))
+        return out
+
+    def taught(self) -> Path:
+        teacher = {"steps": TEACHER_STEPS, "eval_steps": TEACHER_STEPS, "eval_limit": 60, "save_steps": 0}
+        return self.source("taught", teacher=teacher)
+
+    def small(self) -> Path:
+        """Our source training without teachers from PEFT's start of u and v."""
+        out = self.work / "small" / "adapter_config.json"
+        if not out.is_file():
+            torch.manual_seed(0)
+            model = self.multitask(num_tasks=len(SOURCES))
+            initialize_from_text(model, self.tokenizer, self.start_text())
+            with torch.no_grad():
+                for name, parameter in model.encoder().named_parameters():
+                    if name in model.encoder().task_parameters:
+                        parameter.normal_(0, 0.02)
+            self.fit_sources(model, rates("mpt", (0.3, 0.3)))
+            model.save_pretrained(out.parent)
+        return out.parent
+
+    def peft_source(self) -> tuple[Path, str]:
+        """PEFT's MPT on all sources: the best of `PEFT_SOURCE` after a few steps, for all steps."""
+        for init, rate in PEFT_SOURCE:
+            key = {"arm": "peft source grid", "setting": f"{init} {rate:g}"}
+            if not self.find(**key):
+                model = self.peft_multitask(init)
+                self.fit_sources(model, rate, PEFT_GRID_STEPS)
+                self.record(self.source_scores(model), **key)
+        best = min(PEFT_SOURCE, key=lambda pair: self.find(setting=f"{pair[0]} {pair[1]:g}")[0]["loss"])
+        folder, setting = self.work / "peft", f"{best[0]} {best[1]:g}"
+        if not (folder / "adapter_config.json").is_file():
+            model, begun = self.peft_multitask(best[0]), time.perf_counter()
+            self.fit_sources(model, best[1])
+            model.save_pretrained(str(folder))
+            seconds = round(time.perf_counter() - begun, 1)
+            self.record(self.source_scores(model), arm="source", name="peft", setting=setting, seconds=seconds)
+        return folder, setting
+
+    def source_rows(self, part: int) -> list[Encoded]:
+        return [row for task, name in enumerate(SOURCES) for row in self.encoded(self.files[name][part], task)]
+
+    def source_scores(self, model: nn.Module) -> dict[str, float]:
+        rows = self.source_rows(1)
+        losses = {f"loss_{name}": score(model, [r for r in rows if r.task == task][:20], self.tokenizer)["loss"]
+                  for task, name in enumerate(SOURCES)}  # fmt: skip
+        return {"loss": sum(losses.values()) / len(losses), **losses}
+
+    def fit_sources(self, model: Any, how: float | Recipe, steps: int | None = None) -> None:
+        rows = self.source_rows(0)
+        order = TaskOrder([row.task or 0 for row in rows], BATCH, seed=0)
+        fit(model, rows, order, steps or self.steps, how, self.tokenizer)
+
+    def start_text(self) -> str:
+        rows = [row for name in SOURCES for row in load_examples(self.files[name][0], template=TEMPLATE)]
+        return starting_text([text_of(row) for row in rows], self.tokenizer, TOKENS, seed=0)
+
+    # ---- prompts -----------------------------------------------------------------------------------------------------
+
+    def multitask(self, **options: Any) -> SoftPromptModel:
+        config = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS, **options)
+        return get_peft_model(self.base(), config)
+
+    def peft_multitask(self, init: str = "RANDOM", tasks: int = len(SOURCES), **options: Any) -> Any:
+        import peft
+
+        if init == "TEXT":
+            options |= {"prompt_tuning_init_text": self.start_text(), "tokenizer_name_or_path": resolve_model(EMBEDDED)}
+        torch.manual_seed(0)
+        config = peft.MultitaskPromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=TOKENS, num_tasks=tasks, prompt_tuning_init=init, **options
+        )
+        return peft.get_peft_model(self.base(), config)
+
+    def start(self, arm: str, examples: Sequence[Example], draw: int) -> Any:
+        """A model with the arm's prompt before adaptation."""
+        average = {"prompt_tuning_init": "AVERAGE_SOURCE_TASKS"}
+        place = "prompt_tuning_init_state_dict_path"
+        if arm == "peft":
+            file = self.peft_source()[0] / "adapter_model.safetensors"
+            return self.peft_multitask("AVERAGE_SOURCE_TASKS", 1, **{place: str(file)})
+        if arm in ("mpt", "untaught", "small"):
+            folder = {"mpt": self.taught, "small": self.small}.get(
+                arm, lambda: self.source("untaught", distillation=0.0)
+            )()
+            return self.multitask(**average, **{place: str(folder)})
+        torch.manual_seed(draw)
+        model = get_peft_model(self.base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS))
+        if arm == "plain":  # the default of `softprompt train`: the text of training examples
+            texts = [text_of(example) for example in examples]
+            initialize_from_text(model, self.tokenizer, starting_text(texts, self.tokenizer, TOKENS, draw))
+        else:
+            mean: Any = self.multitask(**average, **{place: str(self.taught())}).encoder()
+            model.encoder().start_from(mean.task_vectors())
+        return model
+
+    # ---- targets -----------------------------------------------------------------------------------------------------
+
+    def adapt(
+        self, arm: str, target: str, shots: int, draw: int, setting: tuple[float, float | None]
+    ) -> dict[str, Any]:
+        """Scores after `STEPS` steps on `shots` rows, and of the start."""
+        key = {"arm": arm, "target": target, "shots": shots, "draw": draw, "setting": list(setting)}
+        for row in self.find(**key):
+            return row
+        few_rows = few(self.files[target][0], shots, draw)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "few.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in few_rows), encoding="utf-8")
+            examples, rows = load_examples(file, template=TEMPLATE), self.encoded(file)
+        model = self.start(arm, examples, draw)
+        scored = (self.kept if draw == GRID_DRAW else self.tests)[target]
+        before = score(model, scored, self.tokenizer)
+        order = BatchOrder([len(row.input_ids) for row in rows], SMALL_BATCH, draw)
+        fit(model, rows, order, STEPS, setting[0] if arm == "peft" else rates(arm, setting), self.tokenizer)
+        scores = score(model, scored, self.tokenizer)
+        return self.record({**scores, "start_loss": before["loss"]}, **key)
+
+    def best_rates(self, arm: str) -> tuple[float, float | None]:
+        """By the mean loss over the targets on rows and a draw that are not among those reported."""
+        same = {"untaught": "mpt", "small": "mpt"}.get(arm, arm)
+
+        def mean(setting: tuple[float, float | None]) -> float:
+            return sum(self.adapt(same, target, GRID_SHOTS, GRID_DRAW, setting)["loss"] for target in TARGETS)
+
+        return min(RATES[same], key=mean)
+
+
+def text_of(example: Example) -> str:
+    return example.input + example.border + example.targets[0]
+
+
+def rates(arm: str, setting: tuple[float, float | None]) -> Recipe:
+    """Our optimiser with these rates; everything else is the method's default."""
+    method = "prompt_tuning" if arm in ("plain", "folded") else "multitask_prompt_tuning"
+    return Recipe(train="-", out="-", method=method, learning_rate=setting[0], task_learning_rate=setting[1]).resolved()
+
+
+def fit(model: Any, rows: Sequence[Encoded], order: Any, steps: int, how: float | Recipe, tokenizer: Any) -> None:
+    """The loop of `softprompt train`; `how` is our recipe, or a rate of AdamW."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if isinstance(how, Recipe):
+        optimizer = build_optimizer(how, model, trained)
+    else:
+        optimizer = torch.optim.AdamW(trained.values(), lr=how, weight_decay=0.0)
+        optimizer.param_groups[0]["peak"] = how
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate_factor(step, steps, WARMUP, "linear")
+        model(**inputs(model, [rows[n] for n in order[step]], tokenizer)).loss.backward()
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def inputs(model: Any, rows: Sequence[Encoded], tokenizer: Any) -> dict[str, Tensor]:
+    """PEFT needs task_ids even where there is one task; ours needs them where there are several."""
+    batch = collate(rows, pad_id(tokenizer))
+    if not isinstance(model, SoftPromptModel) and "task_ids" not in batch:
+        batch["task_ids"] = torch.zeros(len(rows), dtype=torch.long)
+    return batch
+
+
+@torch.no_grad()
+def score(model: Any, rows: Sequence[Encoded], tokenizer: Any) -> dict[str, float]:
+    """`loss` in nats per target token; `exact`, the share of rows whose every target token is the likeliest."""
+    model.eval()
+    total, tokens, right = 0.0, 0, 0
+    for begin in range(0, len(rows), 25):
+        batch = inputs(model, rows[begin : begin + 25], tokenizer)
+        labels = batch.pop("labels")
+        logits = model(**batch).logits[:, -labels.shape[1] :][:, :-1]  # PEFT's have the prompt in front
+        wanted = labels[:, 1:]
+        total += float(cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum"))
+        tokens += int((wanted != IGNORED).sum())
+        right += int(((logits.argmax(-1) == wanted) | (wanted == IGNORED)).all(1).sum())
+    return {"loss": round(total / tokens, 4), "exact": round(right / len(rows), 4)}
+
+
+# ---- running and the table -------------------------------------------------------------------------------------------
+
+
+def run(bench: Bench, arms: Sequence[str], draws: int) -> None:
+    """Draw by draw, so that a run that is stopped has something of everything."""
+    chosen = {arm: bench.best_rates(arm) for arm in arms}
+    for draw in range(draws):
+        for shots in SHOTS:
+            for target in TARGETS:
+                for arm in arms:
+                    bench.adapt(arm, target, shots, draw, chosen[arm])
+
+
+def write_table(records: Records) -> str:
+    """Write benchmarks/results/mpt.md from the records of the newest weights."""
+    rows = records.find(weights=records.rows[-1]["weights"])
+    arms = [arm for arm in ARMS if any(row["arm"] == arm and row["draw"] < DRAWS for row in rows if "draw" in row)]
+    parts = []
+    for target in TARGETS:
+        lines = []
+        for arm in arms:
+            cells = [ARMS[arm]]
+            for shots in SHOTS:
+                found = [r for r in rows if (r["arm"], r.get("target"), r.get("shots")) == (arm, target, shots)]
+                found = [row for row in found if row["draw"] < DRAWS]
+                cells += [spread_of([row["loss"] for row in found])] if found else ["–"]
+                cells += [spread_of([100 * row["exact"] for row in found], 1)] if found else ["–"]
+            lines.append([*cells, _start(rows, arm, target)])
+        header = ["arm", *(f"{what}, k = {shots}" for shots in SHOTS for what in ("loss", "exact %")), "loss at start"]
+        parts.append(f"**{target}**\n\n" + table(header, lines))
+    text = "\n".join(parts) + "\n" + _footer(rows, arms)
+    (RESULTS / "mpt.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _start(rows: list[dict[str, Any]], arm: str, target: str) -> str:
+    found = [row["start_loss"] for row in rows if (row["arm"], row.get("target")) == (arm, target)]
+    return spread_of(found, 2) if arm == "plain" else f"{found[0]:.2f}"
+
+
+def _footer(rows: list[dict[str, Any]], arms: Sequence[str]) -> str:
+    settings = {arm: next(r["setting"] for r in reversed(rows) if r["arm"] == arm and "target" in r) for arm in arms}
+    said = "; ".join(
+        f"{ARMS[arm]}: {' and '.join(f'{rate:g}' for rate in setting if rate is not None)}"
+        for arm, setting in settings.items()
+    )
+    sources = {row["name"]: row for row in rows if row["arm"] == "source"}
+    losses = ", ".join(f"{name} {row['loss']:.2f} ({row['seconds']:.0f} s)" for name, row in sources.items())
+    return (
+        f"The embedded model, {TOKENS} virtual tokens, rank 1. Loss in nats per target token and exact answers (every "
+        f"token the likeliest) on {TEST} test rows; mean ± standard deviation over {DRAWS} draws of k rows. {STEPS} "
+        f"steps of {SMALL_BATCH} rows. Sources: {', '.join(SOURCES)}; mean held-out loss after source training: "
+        f"{losses}. Rates (prompt and, where two, u and v), the best of {min(map(len, RATES.values()))} to "
+        f"{max(map(len, RATES.values()))} per arm: {said}. PEFT with AdamW, the others with Muon. {machine()}.\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200, help="steps of source training")
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--arms", default=",".join(MAIN), help=f"of {', '.join(ARMS)}, separated by commas")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "softprompt-mpt")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    records = Records(RESULTS / "mpt.json")
+    if not arguments.table:
+        run(Bench(records, arguments.work, arguments.steps), arguments.arms.split(","), arguments.draws)
+    print(write_table(records))
+
+
+if __name__ == "__main__":
+    main()
