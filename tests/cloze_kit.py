@@ -13,7 +13,32 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from softprompt import Embeddings, SoftPromptModel
 from softprompt.template import Answer, TemplateRow
 
-WORDS = "the cat sat on the mat . a dog ran home ? yes no maybe great bad it was question : answer red house".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "the",
+    "mat",
+    ".",
+    "a",
+    "dog",
+    "ran",
+    "home",
+    "?",
+    "yes",
+    "no",
+    "maybe",
+    "great",
+    "bad",
+    "it",
+    "was",
+    "question",
+    ":",
+    "answer",
+    "red",
+    "house",
+]
 MODELS = {  # by how they answer: family, task
     Answer.NEXT: ("llama", "CAUSAL_LM"),
     Answer.MASK: ("bert", "MASKED_LM"),
@@ -25,7 +50,7 @@ MODELS = {  # by how they answer: family, task
 def _wordpiece() -> PreTrainedTokenizerFast:
     """BERT's style: [CLS] and [SEP] around a row, lower case, words of several pieces ("catmat" is cat ##mat)."""
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
-    letters = [char for char in "abcdefghijklmnopqrstuvwxyz[]():.,?!0123456789=>'*<>/"]
+    letters = list("abcdefghijklmnopqrstuvwxyz[]():.,?!0123456789=>'*<>/")
     pieces = [*special, *dict.fromkeys([*letters, *WORDS]), *(f"##{word}" for word in [*letters, *WORDS])]
     pieces = list(dict.fromkeys(pieces))
     core = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))

@@ -119,7 +119,15 @@ def test_special_tokens_in_the_template_come_once() -> None:
     plain = Template("{a} [MASK]").encode(tokenizer, {"a": "the cat"})
     assert Template("[CLS] {a} [MASK] [SEP]").encode(tokenizer, {"a": "the cat"}) == plain
     two = Template("[P] [CLS] {a} [SEP] {b} [MASK]").encode(tokenizer, {"a": "cat", "b": "dog"})
-    assert tokenizer.convert_ids_to_tokens(two.input_ids) == "[PAD] [CLS] cat [SEP] dog [MASK] [SEP]".split()
+    assert tokenizer.convert_ids_to_tokens(two.input_ids) == [
+        "[PAD]",
+        "[CLS]",
+        "cat",
+        "[SEP]",
+        "dog",
+        "[MASK]",
+        "[SEP]",
+    ]
     with pytest.raises(ConfigError, match=r"has \[CLS\], but this tokenizer has no such token"):
         Template("[CLS] {a}").encode(cloze_kit.tokenizer(Answer.NEXT), {"a": "x"})
     with pytest.raises(ConfigError, match=r"has \[MASK\], but this tokenizer has no such token"):
@@ -214,7 +222,7 @@ def test_a_template_that_does_not_fit_by_itself_names_the_row() -> None:
     tokenizer = cloze_kit.tokenizer(Answer.MASK)
     with pytest.raises(DataError, match=r"data line 2 does not fit: 4 tokens too many.*shorten the template"):
         encode_rows(Template("{a} [P*5] [MASK]"), tokenizer, [{"a": "cat"}], 4, Answer.MASK, where=["data line 2"])
-    with pytest.raises(DataError, match='row 2 has no field "b".*it has a'):
+    with pytest.raises(DataError, match=r'row 2 has no field "b".*it has a'):
         encode_rows(Template("{a} {b}"), tokenizer, [{"a": "x", "b": "y"}, {"a": "x"}])
 
 
@@ -237,6 +245,6 @@ def test_several_masks_and_the_row_without_its_slots() -> None:
     tokenizer = cloze_kit.tokenizer(Answer.MASK)
     row = Template("[P*2] {a} : [MASK] . [P]").encode(tokenizer, {"a": "cat"}, masks=3)
     assert tokenizer.convert_ids_to_tokens(row.without_slots().input_ids) == (
-        "[CLS] cat : [MASK] [MASK] [MASK] . [SEP]".split()
+        ["[CLS]", "cat", ":", "[MASK]", "[MASK]", "[MASK]", ".", "[SEP]"]
     )
     assert row.answer_position == 5 and row.without_slots().answer_position == 3

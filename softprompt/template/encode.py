@@ -8,6 +8,7 @@ A row that is too long loses words at the end of its longest field (in tokens) u
 longest, then at the end of both, and so on. Words of the template, virtual tokens, masks and special tokens stay.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -291,16 +292,20 @@ def _longest_allowed(counts: list[int], over: int) -> int:
 
 
 def _cut(text: str, tokens: int, tokenizer: Any) -> str:
-    """The longest start of `text` of at most so many tokens that ends with a word (of one word: with a character)."""
-    low, high = 0, len(text)
+    """As many whole words from the start of `text` as make at most so many tokens; of one long word, characters."""
+    words = [found.end() for found in re.finditer(r"\S+", text)]
+    kept = _most(words, text, tokens, tokenizer)
+    return text[: kept or _most(range(1, words[0] if words else len(text)), text, tokens, tokenizer)]
+
+
+def _most(ends: Sequence[int], text: str, tokens: int, tokenizer: Any) -> int:
+    """The greatest of the ascending `ends` at which `text` makes at most so many tokens; 0 if none does."""
+    low, high = 0, len(ends)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(text_ids(tokenizer, [text[:middle]])[0]) <= tokens else (low, middle - 1)
-    start = text[:low]
-    if low < len(text) and not text[low].isspace() and not start[-1:].isspace():  # the cut goes through a word
-        whole = start[: max(0, *map(start.rfind, " \n\t"))]
-        start = whole if whole.strip() else start
-    return start.rstrip()
+        fits = len(text_ids(tokenizer, [text[: ends[middle - 1]]])[0]) <= tokens
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return ends[low - 1] if low else 0
 
 
 def collate_rows(rows: Sequence[TemplateRow], pad_id: int, padding_side: str = "right") -> dict[str, Tensor]:
