@@ -3,6 +3,7 @@
 from softprompt.compare import compare_prompts, initialize_from_prompt
 from softprompt.compose import compose_cartridge_adapters, compose_prefixes
 from softprompt.config import PromptConfig, TaskType
+from softprompt.ensemble import PromptEnsemble
 from softprompt.errors import CheckpointError, ConfigError, DataError, SoftPromptError, UnsupportedError
 from softprompt.initialize import (
     initialize_from_text,
@@ -76,6 +77,7 @@ __all__ = [
     "PromptEncoder",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
+    "PromptEnsemble",
     "PromptTuningConfig",
     "PromptTuningInit",
     "SoftPrompt",

@@ -72,11 +72,17 @@ def similarity(one: Tensor, other: Tensor, metric: str = "average") -> float:
     raise ConfigError(f"metric={metric!r} is not known; use average or per-token.")
 
 
-def read_prompts(path: str | Path) -> list[TaskPrompt]:
-    """The prompts in a folder (or hub id): one, or as many as it has tasks."""
+def read_prompts(path: str | Path, like: PromptConfig | None = None) -> list[TaskPrompt]:
+    """The prompts in a folder (or hub id): one, or as many as it has tasks.
+
+    `like` is the config of a prompt on the same base model, which says how many layers a prefix in PEFT's form for
+    encoder-decoders is for (see `pairs`).
+    """
     saved = load_adapter(path)
-    encoder = _encoder_of(saved)
     config = saved.config
+    if isinstance(config, KVConfig) and isinstance(like, KVConfig) and config.paired and like.paired:
+        config = replace(config, num_layers=like.num_layers)
+    encoder = _encoder_of(config, saved)
     if isinstance(config, MultitaskPromptTuningConfig) and config.num_tasks > 1:
         names = config.task_names or [str(task) for task in range(config.num_tasks)]
         return [TaskPrompt(f"{path}:{name}", _vectors(encoder, task), config) for task, name in enumerate(names)]
@@ -95,7 +101,7 @@ def initialize_from_prompt(
     """
     encoder = model.encoder(adapter_name)
     config = encoder.config
-    source = _chosen(read_prompts(path), path, task)
+    source = _chosen(read_prompts(path, like=config), path, task)
     _check_comparable(TaskPrompt("this prompt", encoder.saved_vectors(), config), source)
     count, there = config.num_virtual_tokens, len(source.vectors)
     if there < count and isinstance(encoder, KVPrompt):
@@ -140,10 +146,10 @@ def _layers(config: PromptConfig) -> str:
     return str(config.prefix_shapes) if isinstance(config, KVConfig) else ""
 
 
-def _encoder_of(saved: SavedAdapter) -> SoftPrompt:
+def _encoder_of(config: PromptConfig, saved: SavedAdapter) -> SoftPrompt:
     """The prompt alone, without a base model."""
-    method = next(each for each in METHODS.values() if each.peft_type == saved.config.peft_type)
-    encoder = method(replace(saved.config, inference_mode=True))
+    method = next(each for each in METHODS.values() if each.peft_type == config.peft_type)
+    encoder = method(replace(config, inference_mode=True))
     encoder.load_saved({name: saved.tensors[name].float() for name in method.saved_names})
     return encoder
 

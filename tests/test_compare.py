@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import tiny
 import torch
@@ -150,6 +151,16 @@ def test_a_prefix_starts_from_the_first_keys_and_values(projection: bool, tmp_pa
     longer = get_peft_model(tiny.build("llama"), PrefixTuningConfig(num_virtual_tokens=5))
     with pytest.raises(ConfigError, match=r"4 virtual tokens, this prompt 5.*num_virtual_tokens=4"):
         initialize_from_prompt(longer, source)
+
+
+@pytest.mark.parametrize("parts", [{}, {"cross_prefix": True, "encoder_prefix": True}])
+def test_prefixes_of_encoder_decoders(parts: dict[str, bool], tmp_path: Path) -> None:
+    config = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P, **parts)
+    one, two = (get_peft_model(families.build("t5", "SEQ_2_SEQ_LM"), config) for _ in range(2))
+    one.save_pretrained(tmp_path)
+    initialize_from_prompt(two, tmp_path)
+    assert torch.equal(two.encoder().saved_vectors(), one.encoder().saved_vectors())
+    assert compare_prompts([tmp_path, tmp_path]).similarity[0][1] == pytest.approx(1)
 
 
 def test_one_task_of_several_is_named_or_numbered(tmp_path: Path) -> None:
