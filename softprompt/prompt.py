@@ -40,12 +40,13 @@ class Embeddings:
     """A prompt in input space: `vectors` `[N, p, d]`.
 
     `rows` `[B]` says which of the N prompts each row has; without it there is one for all. `context` is set where the
-    prompt is itself a text with answers.
+    prompt is itself a text with answers. `decoder` `[N, q, d]` are more vectors, for the decoder of an encoder-decoder.
     """
 
     vectors: Tensor
     rows: Tensor | None = None
     context: Context | None = None
+    decoder: Tensor | None = None
 
     @property
     def length(self) -> int:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
 from softprompt.context_loss import forward_with_context
 from softprompt.doors.cache import Door
+from softprompt.doors.decoder import check_decoding
 from softprompt.doors.embedding import embed, fill_slots, place, take
 from softprompt.doors.encoder import cut, open_encoder
 from softprompt.errors import ConfigError, UnsupportedError
@@ -205,6 +206,7 @@ class Run:
         generate: Any = self.base.generate
         if self.geometry.encoder_decoder:
             kv, vectors = (self.prompt, None) if isinstance(self.prompt, KV) else (None, self.prompt)
+            check_decoding(self.base, vectors, kwargs)
             with self.door.open(kv), self._open_encoder(vectors, self.slots):
                 output = generate(*args, **kwargs)
             return cut(output, vectors.length if vectors is not None and self.slots is None else 0)

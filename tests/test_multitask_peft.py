@@ -79,23 +79,6 @@ def test_ours_in_peft(family: str, task: str, tmp_path: Path) -> None:
     same(peft.PeftModel.from_pretrained(families.build(family, task), str(tmp_path)), ours, task)
 
 
-@pytest.mark.parametrize("family", ["t5", "bart"])
-def test_what_peft_puts_before_the_decoder_is_left_out_as_in_its_generate(family: str, tmp_path: Path) -> None:
-    config = peft.MultitaskPromptTuningConfig(task_type="SEQ_2_SEQ_LM", **OPTIONS)
-    theirs: Any = perturbed(peft.get_peft_model(families.build(family, "SEQ_2_SEQ_LM"), config))
-    theirs.save_pretrained(str(tmp_path))
-    with pytest.warns(UserWarning, match="second part for the decoder"):
-        ours = SoftPromptModel.from_pretrained(families.build(family, "SEQ_2_SEQ_LM"), tmp_path)
-    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "task_ids": TASKS, "eos_token_id": None}
-    batch = tiny.ragged()
-    tokens = ours.generate(**batch, **options)
-    assert torch.equal(tokens, theirs.generate(**batch, **options))
-    with torch.no_grad():
-        base: Any = families.build(family, "SEQ_2_SEQ_LM")
-        plain = base.generate(**batch, **{**options, "task_ids": None})
-    assert not torch.equal(tokens, plain)
-
-
 def test_peft_target_that_started_from_a_source(tmp_path: Path) -> None:
     """PEFT wants the source's file whenever the target is loaded; what was saved here needs it nowhere."""
     source: Any = perturbed(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softprompt.doors.decoder import open_decoder
 from softprompt.doors.embedding import embed, fill_slots, place, take
 from softprompt.errors import ConfigError
 from softprompt.prompt import Embeddings
@@ -41,7 +42,8 @@ def open_encoder(
         decoder.register_forward_pre_hook(_widen_cross(count), with_kwargs=True),
     ]
     try:
-        yield
+        with open_decoder(base, prompt):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -4,7 +4,6 @@ Task k's prompt is P_k = P* ∘ W_k, W_k = u_k v_kᵀ (equation 1): a table P* �
 matrix of rank r. P* is learned on source tasks and goes on to a target task with the sources' u and v (section 3.3).
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.config import EmbeddingConfig, PromptConfig, TaskType, parse_enum
-from softprompt.errors import CheckpointError, ConfigError
+from softprompt.errors import CheckpointError, ConfigError, UnsupportedError
 from softprompt.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from softprompt.prompt import EmbeddingPrompt, Embeddings, Geometry, need_count
 
@@ -94,10 +93,15 @@ class MultitaskPromptTuningConfig(EmbeddingConfig):
         if names is not None and (len(names) != self.num_tasks or len(set(names)) != len(names)):
             raise ConfigError(f"task_names={names!r} must be {self.num_tasks} different names, one per task.")
 
+    @property
+    def saved_copies(self) -> int:
+        """With two parts on an encoder-decoder each has rows of its own."""
+        return 1
+
     def _as_prompt_tuning(self) -> PromptTuningConfig:
         """The same start as a config of plain prompt tuning."""
         return PromptTuningConfig(
-            num_virtual_tokens=self.num_virtual_tokens,
+            num_virtual_tokens=self.total_virtual_tokens,
             token_dim=self.token_dim,
             prompt_tuning_init=str(self.prompt_tuning_init),
             prompt_tuning_init_text=self.prompt_tuning_init_text,
@@ -119,6 +123,8 @@ class MultitaskPromptTuningConfig(EmbeddingConfig):
 @final
 class MultitaskPromptEmbedding(EmbeddingPrompt):
     """P* `embedding` `[n, d]`, u `prefix_task_cols` `[T, n, r]`, v `prefix_task_rows` `[T, r, d]`.
+
+    With `num_transformer_submodules=2` they have 2n rows, the second half for the decoder's input.
 
     u and v start so that every W_k is exactly 1, whatever r, and P_k is P*: v is all ones, and rank j's u is 1 at every
     r-th virtual token from j on and 0 elsewhere, so that the ranks differ from the first step. (PEFT draws both from
@@ -142,7 +148,7 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
         assert config.token_dim is not None
         self.config = config
         self.num_tasks, self.num_ranks = config.num_tasks, config.num_ranks
-        count, ranks = config.num_virtual_tokens, config.num_ranks
+        count, ranks = config.total_virtual_tokens, config.num_ranks
         self.embedding = nn.Embedding(count, config.token_dim)
         first = (torch.arange(count)[:, None] % ranks == torch.arange(ranks)).float()
         self.prefix_task_cols = nn.Parameter(first.repeat(config.num_tasks, 1, 1))
@@ -160,23 +166,18 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
     def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
         """On an encoder-decoder the prompt stands before the encoder's input, as in the paper.
 
-        PEFT by default (`num_transformer_submodules=2`) has a second prompt, which its `forward` puts before the
-        decoder's input and its `generate` leaves out. Such a prompt is used here as there in `generate`, with a
-        warning, and is saved with one, which PEFT uses alike in both.
+        PEFT by default (`num_transformer_submodules=2`) has n more virtual tokens, which its `forward` puts before the
+        decoder's input and its `generate` leaves out. Asked for, or found in a checkpoint, they stand there in both.
         """
-        if config.num_transformer_submodules == 2:
-            warnings.warn(
-                "this multitask prompt has a second part for the decoder, which PEFT trains but leaves out of generate;"
-                " it is left out here too: set num_transformer_submodules=1 to train without it.",
-                stacklevel=2,
-            )
-        return super().fill(replace(config, num_transformer_submodules=1), geometry)
+        return super().fill(
+            replace(config, num_transformer_submodules=config.num_transformer_submodules or 1), geometry
+        )
 
     @torch.no_grad()
     def _start_from_source(self, config: MultitaskPromptTuningConfig) -> None:
         """Take P* and, unless `ONLY_SOURCE_SHARED`, u and v (one task's or the mean) from a trained adapter."""
         init, path = config.prompt_tuning_init, str(config.prompt_tuning_init_state_dict_path)
-        tensors, count = read_source(path), config.num_virtual_tokens
+        tensors, count = read_source(path), config.total_virtual_tokens
         if config.task_type is TaskType.SEQ_2_SEQ_LM and len(tensors["prompt_embeddings"]) == 2 * count:
             tensors = {name: each.narrow(self.token_dims[name], 0, count) if name in self.token_dims else each
                        for name, each in tensors.items()}  # fmt: skip
@@ -217,8 +218,9 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
                 )
             task_ids = torch.zeros(1, dtype=torch.long)
         tasks, rows = self._distinct(task_ids)
-        indices = torch.arange(self.config.num_virtual_tokens, device=tasks.device).expand(len(tasks), -1)
-        return Embeddings(self(indices, tasks), rows if len(tasks) > 1 else None)
+        indices = torch.arange(self.config.total_virtual_tokens, device=tasks.device).expand(len(tasks), -1)
+        parts = self(indices, tasks).split(self.config.num_virtual_tokens, dim=1)
+        return Embeddings(parts[0], rows if len(tasks) > 1 else None, decoder=parts[1] if len(parts) > 1 else None)
 
     def _distinct(self, task_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The task numbers that occur `[N]`, and for each row which of them is its own `[B]`."""
@@ -236,7 +238,15 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
 
     @torch.no_grad()
     def task_vectors(self, task: int = 0) -> Tensor:
-        """Task `task`'s prompt as one table `[n, d]`, detached: what plain prompt tuning would have saved."""
+        """Task `task`'s prompt as one table `[n, d]`, detached: what plain prompt tuning would have saved.
+
+        Raises UnsupportedError where it has a part before the decoder's input too, which plain prompt tuning has not.
+        """
+        if self.config.num_transformer_submodules == 2:
+            raise UnsupportedError(
+                "half of this prompt stands before the decoder's input, so it is no ordinary prompt; train with "
+                "num_transformer_submodules=1 to fold its tasks."
+            )
         tasks, _ = self._distinct(torch.tensor([task]))
         indices = torch.arange(self.config.num_virtual_tokens, device=tasks.device)[None]
         return self(indices, tasks)[0]
