@@ -88,6 +88,24 @@ def test_packed_rows(family: str, method: str, labelled: bool) -> None:
         close(got, naive.logits(model, row)[0])
 
 
+@pytest.mark.parametrize("method", TWO_KINDS)
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        ("mpt", "CAUSAL_LM"),
+        ("mpt", "FEATURE_EXTRACTION"),
+        ("bloom", "CAUSAL_LM"),
+        ("falcon_multi_query", "SEQ_CLS"),
+        ("falcon_alibi", "CAUSAL_LM"),
+    ],
+)
+def test_packed_rows_are_refused_where_positions_are_ignored(family: str, task: str, method: str) -> None:
+    model = get_peft_model(families.build(family, task), METHODS[method]()).eval()
+    model(input_ids=ids_of(4), position_ids=torch.tensor([[0, 1, 2, 3]]))
+    with pytest.raises(ConfigError, match="give each"):
+        model(input_ids=ids_of(4), position_ids=torch.tensor([[0, 1, 0, 1]]))
+
+
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ALIBI_FROM_MASK])

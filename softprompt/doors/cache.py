@@ -64,6 +64,7 @@ class CacheDoor:
         self.modules: tuple[list[nn.Module], list[nn.Module], list[nn.Module]] = ([], [], [])
         self._names = list(inspect.signature(self.body.forward).parameters)
         self.takes_positions = "position_ids" in self._names
+        self._reads_positions = self.takes_positions and "position_ids" in inspect.signature(base.forward).parameters
         self.position_offset = 0
         self.learned_positions: int | None = _room(self.body)
         self.takes_square_masks = True
@@ -118,6 +119,8 @@ class CacheDoor:
         opening = Opening(prefix if prefix is not None and prefix.layers else None, recording, generating=generating)
         with ExitStack() as stack:
             attending = self._attending(stack) if recording is not None else None
+            if not self._reads_positions:
+                stack.callback(self.base.register_forward_pre_hook(self._refuse_packed, with_kwargs=True).remove)
             enter = self._enter(opening, attending)
             stack.callback(self.body.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(self.body.register_forward_hook(self._leave(opening)).remove)
@@ -125,6 +128,14 @@ class CacheDoor:
             token = _OPENING.set(opening)
             stack.callback(_OPENING.reset, token)
             yield
+
+    def _refuse_packed(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pre-hook on a model that ignores positions, and so would let one sequence see another."""
+        if _OPENING.get() is not None and packed(kwargs):
+            raise ConfigError(
+                f"{type(self.base).__name__} takes no position_ids, so a row cannot hold several sequences; give each "
+                "a row of its own."
+            )
 
     def _attending(self, stack: ExitStack) -> Callable[[int], nn.Module]:
         """Which module fills a layer of the cache: known once probed, until then the innermost one that runs."""
