@@ -28,6 +28,12 @@ def task_data(recipe: Recipe) -> dict[str, TaskData]:
     return {name: _task_data(name, values) for name, values in recipe.tasks.items()}
 
 
+def of_task(recipe: Recipe, name: str) -> Recipe:
+    """The recipe of several tasks as it stands for one of them."""
+    settings = {"tasks": {}, "teachers": None, "teacher": {}, **vars(task_data(recipe)[name])}
+    return recipe.replace(**settings)
+
+
 def _task_data(name: str, values: Any) -> TaskData:
     if not name or not name.isprintable() or "/" in name or name.startswith("."):
         raise ConfigError(f"tasks: the name {name!r} cannot name a folder; use letters, digits, '-' and '_'")

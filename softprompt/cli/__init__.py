@@ -54,6 +54,7 @@ Model = Annotated[
 ]
 Prompt = Annotated[Path, typer.Option("--prompt", help="Folder of the saved prompt.")]
 TemplateFlag = Annotated[str | None, typer.Option("--template", help="Template of the input. [default: as trained]")]
+OneTask = Annotated[str | None, typer.Option("--task", help="Which task, by name or number, of a prompt of several.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, … or auto.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Number format of the base model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -190,6 +191,7 @@ def generate(
     template: TemplateFlag = None,
     column: Annotated[str | None, typer.Option("--input-column", help="Column of the input, without template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use texts as they are, without the run's template.")] = False,
+    task: OneTask = None,
     max_new_tokens: NewTokens = 64,
     num_beams: Annotated[int, typer.Option("--num-beams", min=1, help="Beams of the search; 1 is greedy.")] = 1,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
@@ -214,7 +216,7 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if sample else {}
     decoding = Decoding(max_new_tokens, batch_size, seed, {"num_beams": num_beams, **sampling}
                         | ({"repetition_penalty": repetition_penalty} if repetition_penalty != 1 else {}))  # fmt: skip
-    opened = open_prompted(prompt, model, dtype, device, template)
+    opened = open_prompted(prompt, model, dtype, device, template, task)
     if opened.cloze is not None:
         print_answers(*cloze_answers(opened, text, file, batch_size, frozen), as_json, one_per_line=file is not None)
         return
@@ -238,6 +240,7 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="Of a named data set.")] = "validation",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N rows.")] = None,
     only: Annotated[str | None, typer.Option("--only", help="Rows where COLUMN=VALUE. [default: as trained]")] = None,
+    task: OneTask = None,
     max_new_tokens: NewTokens = 64,
     batch_size: BatchSize = 32,
     frozen: Annotated[bool, typer.Option("--frozen/--no-frozen", help="Measure the bare model beside it.")] = True,
@@ -250,8 +253,10 @@ def evaluate(
     from softprompt.cli.prompted import open_prompted
     from softprompt.cli.use import EvalSettings, measure
 
-    settings = EvalSettings(data, template, input_column, target_column, split, limit, max_new_tokens, batch_size, only)
-    scores = measure(lambda: open_prompted(prompt, model, dtype, device, template), prompt, settings, frozen)
+    settings = EvalSettings(
+        data, template, input_column, target_column, split, limit, max_new_tokens, batch_size, only, task
+    )
+    scores = measure(lambda: open_prompted(prompt, model, dtype, device, template, task), prompt, settings, frozen)
     if as_json:
         typer.echo(json.dumps(scores))
     else:
@@ -279,14 +284,21 @@ def show(
 @app.command()
 def convert(
     prompt: Annotated[Path, typer.Argument(help="Folder of a saved prompt, ours or PEFT's.")],
-    to: Annotated[str, typer.Option("--to", help="kv (one file), prefix (PEFT prefix tuning), or peft (safetensors).")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="kv (one file), prefix (PEFT prefix tuning), peft (safetensors), prompt_tuning (one task of several).",
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="File (kv) or folder to write.")],
     model: Model = None,
+    task: OneTask = None,
 ) -> None:
-    """Convert a prompt: any front prompt to keys and values, old PEFT files to safetensors."""
+    """Convert a prompt: any front prompt to keys and values, one task of several, old PEFT files to safetensors."""
     from softprompt.cli.use import convert_prompt
 
-    typer.echo(convert_prompt(prompt, to, out, model))
+    typer.echo(convert_prompt(prompt, to, out, model, task))
 
 
 @app.command()

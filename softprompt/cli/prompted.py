@@ -6,7 +6,7 @@ again. Flags win over the recipe; without either, the base model is the one in t
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,8 @@ from softprompt.errors import CheckpointError, ConfigError, DataError
 from softprompt.loading import EMBEDDED, load_base, load_tokenizer
 from softprompt.model import SoftPromptModel
 from softprompt.recipe import Recipe
+from softprompt.task_prompts import task_of
+from softprompt.tasks import of_task
 from softprompt.train.run_data import context_length
 from softprompt.train.run_folder import BASE, RECIPE, SUMMARY
 from softprompt.train.tuned_base import tuned_base
@@ -31,7 +33,8 @@ from softprompt.train.tuned_base import tuned_base
 class Prompted:
     """`label_names` is set where the prompt classifies, `cloze` where it chooses words in a template.
 
-    `template` is the one a text goes through; `tuned` says that the base model was trained along with the prompt.
+    `template` is the one a text goes through; `tuned` says that the base model was trained along with the prompt;
+    `task` is the number of the chosen task of a prompt of several.
     """
 
     model: SoftPromptModel
@@ -41,6 +44,11 @@ class Prompted:
     template: Template | None = None
     cloze: Cloze | None = None
     tuned: bool = False
+    task: int | None = None
+
+    def of_task(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples as ones of the chosen task."""
+        return [replace(example, task=self.task) for example in examples]
 
     @property
     def context(self) -> int:
@@ -77,19 +85,28 @@ class Prompted:
 
 
 def open_prompted(
-    prompt: Path, model: str | None, dtype: str = "float32", device: str = "auto", template: str | None = None
+    prompt: Path,
+    model: str | None,
+    dtype: str = "float32",
+    device: str = "auto",
+    template: str | None = None,
+    task: str | None = None,
 ) -> Prompted:
-    """Load a saved prompt onto its base model. CheckpointError or ConfigError before anything large is loaded."""
+    """Load a saved prompt onto its base model. CheckpointError or ConfigError before anything large is loaded.
+
+    `task` is the name or number of the one that is meant where the prompt has several.
+    """
     saved, recipe = read_saved(prompt)
-    text, task = template_text(saved, recipe, template), read_cloze(prompt)
+    number, recipe = task_of(saved.config, task, prompt), recipe_of_task(saved, recipe, task)
+    text, words = template_text(saved, recipe, template), read_cloze(prompt)
     name = base_name(model, recipe, prompt)
     tokenizer = load_tokenizer(name)
     labels = _label_names(prompt, saved)
-    base = load_base(name, tokenizer, labels, dtype, device, cloze=task is not None)
-    cloze = None if task is None else open_cloze(task, base, tokenizer, text)
+    base = load_base(name, tokenizer, labels, dtype, device, cloze=words is not None)
+    cloze = None if words is None else open_cloze(words, base, tokenizer, text)
     prompted = SoftPromptModel.from_pretrained(base, prompt)
     used = Template(text) if text else None
-    return Prompted(prompted, tokenizer, recipe, labels, used, cloze, tuned_base(prompt) is not None)
+    return Prompted(prompted, tokenizer, recipe, labels, used, cloze, tuned_base(prompt) is not None, number)
 
 
 def read_saved(prompt: Path) -> tuple[SavedAdapter, Recipe | None]:
@@ -98,6 +115,12 @@ def read_saved(prompt: Path) -> tuple[SavedAdapter, Recipe | None]:
         raise CheckpointError(f"{prompt} is a file; give the folder that holds adapter_config.json")
     recipe = prompt / RECIPE
     return load_adapter(prompt), Recipe.from_yaml(recipe) if recipe.is_file() else None
+
+
+def recipe_of_task(saved: SavedAdapter, recipe: Recipe | None, task: str | None) -> Recipe | None:
+    """The recipe of a prompt's run, as it stands for the chosen task where there are several."""
+    number, names = task_of(saved.config, task, saved.source), list(recipe.tasks) if recipe else []
+    return recipe if recipe is None or number is None or not names else of_task(recipe, names[number])
 
 
 def base_name(model: str | None, recipe: Recipe | None, prompt: Path) -> str:

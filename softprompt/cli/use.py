@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softprompt.checkpoint import SavedAdapter, load_adapter, save_adapter
 from softprompt.cli.cloze import cloze_inputs, read_cloze, template_text
-from softprompt.cli.prompted import Prompted, base_name, open_prompted, read_saved
+from softprompt.cli.prompted import Prompted, base_name, open_prompted, read_saved, recipe_of_task
 from softprompt.data import Example, LabelledExample, encode_labels, expand, load_examples, load_labelled
 from softprompt.data.cloze import as_text, load_cloze
 from softprompt.data.examples import without_slots
@@ -34,6 +34,7 @@ from softprompt.methods import PrefixTuningConfig
 from softprompt.prompt import KV
 from softprompt.recipe import Recipe, did_you_mean
 from softprompt.report.nearest import nearest_tokens
+from softprompt.task_prompts import fold_task, task_prompt
 from softprompt.template import Template
 
 Scores = dict[str, dict[str, float]]
@@ -64,7 +65,7 @@ def answers(
 
         options["streamer"] = TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore
     torch.manual_seed(decoding.seed)
-    inputs = [without_slots(example) for example in inputs] if frozen else inputs
+    inputs = [without_slots(example) for example in inputs] if frozen else opened.of_task(inputs)
     limit = opened.new_tokens(inputs, decoding.max_new_tokens)
     with opened.model.disable_adapter() if frozen else nullcontext():
         return generate_texts(opened.model, opened.tokenizer, inputs, limit, decoding.batch_size, **options)
@@ -106,11 +107,13 @@ class EvalSettings:
     max_new_tokens: int
     batch_size: int
     only: str | None = None
+    task: str | None = None
 
 
 def measure(load: Callable[[], Prompted], prompt: Path, settings: EvalSettings, frozen: bool) -> Scores:
     """Scores by the names `frozen` and `prompt`. The data is read before the model, so that its errors come first."""
     saved, recipe = read_saved(prompt)
+    recipe = recipe_of_task(saved, recipe, settings.task)
     if read_cloze(prompt) is not None:
         return _cloze_scores(load, saved, recipe, settings, frozen)
     if settings.template is None and settings.input_column is None and settings.target_column is None:
@@ -126,7 +129,7 @@ def measure(load: Callable[[], Prompted], prompt: Path, settings: EvalSettings, 
     if frozen and not opened.tuned:
         with opened.model.disable_adapter():
             scores["frozen"] = _text_scores(opened, [without_slots(each) for each in examples], settings)
-    scores["prompt"] = _text_scores(opened, examples, settings)
+    scores["prompt"] = _text_scores(opened, opened.of_task(examples), settings)
     return scores
 
 
@@ -194,11 +197,14 @@ def facts_of(prompt: Path, model: str | None, nearest: int) -> tuple[PromptFacts
     return replace(facts, nearest=nearest_tokens(vectors, words.cpu(), tokenizer, nearest)), ""
 
 
-TARGETS = ("kv", "prefix", "peft")
+TARGETS = ("kv", "prefix", "peft", "prompt_tuning")
 
 
-def convert_prompt(prompt: Path, to: str, out: Path, model: str | None) -> str:
-    """Write a prompt in another form; returns a line that says what was written."""
+def convert_prompt(prompt: Path, to: str, out: Path, model: str | None, task: str | None = None) -> str:
+    """Write a prompt in another form; returns a line that says what was written.
+
+    `task` is the one that is meant of a prompt of several, for every form but PEFT's, which has them all.
+    """
     if to not in TARGETS:
         raise ConfigError(f"--to {to} is not known{did_you_mean(to, TARGETS)}")
     if to == "kv" and out.is_dir():
@@ -209,7 +215,10 @@ def convert_prompt(prompt: Path, to: str, out: Path, model: str | None) -> str:
         saved = load_adapter(prompt)
         save_adapter(out, saved.config, saved.tensors, saved.encoder)
         return f"{out}: {saved.config.peft_type} as PEFT reads it"
-    kv = KV.load(prompt) if prompt.is_file() else _folded(prompt, model)
+    if to == "prompt_tuning":
+        fold_task(prompt, out, task)
+        return f"{out}: PROMPT_TUNING" + (f" for task {task}" if task else "")
+    kv = KV.load(prompt) if prompt.is_file() else _folded(prompt, model, task)
     if to == "kv":
         kv.save(out)
         return f"{out}: keys and values of {kv.length} virtual tokens for {len(kv.layers)} layers"
@@ -217,11 +226,18 @@ def convert_prompt(prompt: Path, to: str, out: Path, model: str | None) -> str:
     return f"{out}: PREFIX_TUNING with {kv.length} virtual tokens"
 
 
-def _folded(prompt: Path, model: str | None) -> KV:
+def _folded(prompt: Path, model: str | None, task: str | None) -> KV:
     """The keys and values of a saved prompt; one in input space runs through its base model once."""
     saved, _ = read_saved(prompt)
     kv = saved_kv(saved)
-    return kv if kv is not None else open_prompted(prompt, model).model.fold()
+    if kv is not None:
+        return kv
+    opened = open_prompted(prompt, model, task=task)
+    if opened.task is not None:
+        alone = task_prompt(saved, task)
+        opened.model.add_adapter("task", alone.config)
+        opened.model.encoder("task").load_saved(alone.tensors)
+    return opened.model.fold("task" if opened.task is not None else None)
 
 
 def _prefix_config(prompt: Path, kv: KV) -> PrefixTuningConfig:
