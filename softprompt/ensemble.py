@@ -122,6 +122,8 @@ class PromptEnsemble:
         if len({_form(prompt, encoder) for prompt, encoder in zip(prompts, self.encoders, strict=True)}) > 1:
             return None
         first = prompts[0]
+        if isinstance(first, Embeddings) and first.decoder is not None:
+            return None
         if isinstance(first, Embeddings):
             return Embeddings(torch.cat([each.vectors for each in prompts if isinstance(each, Embeddings)]))
         parts = [each.pairs for each in prompts if isinstance(each, KV)]
@@ -184,7 +186,7 @@ def _form(prompt: Embeddings | KV, encoder: SoftPrompt) -> tuple[Any, ...]:
     """What prompts must have in common to be stacked."""
     if isinstance(prompt, Embeddings):
         placement = encoder.config.placement if isinstance(encoder.config, EmbeddingConfig) else None
-        return (prompt.vectors.shape, placement)
+        return (prompt.vectors.shape, placement, prompt.decoder is None)
     return (tuple(part.shape for pair in prompt.pairs for part in pair), prompt.always_visible, len(prompt.cross))
 
 
