@@ -43,6 +43,7 @@ from softprompt.model import (
     get_peft_model,
 )
 from softprompt.prompt import KV, Embeddings, SoftPrompt
+from softprompt.task_prompts import fold_task
 
 PeftConfig = PromptConfig
 __version__ = "0.1.0"
@@ -89,6 +90,7 @@ __all__ = [
     "compare_prompts",
     "compose_cartridge_adapters",
     "compose_prefixes",
+    "fold_task",
     "get_peft_config",
     "get_peft_model",
     "initialize_from_prompt",

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from softprompt.checkpoint import SavedAdapter
-from softprompt.config import KVConfig
+from softprompt.config import KVConfig, PromptConfig
+from softprompt.methods import MultitaskPromptTuningConfig
 from softprompt.prompt import KV, METHODS, KVPrompt
 
 
@@ -25,7 +26,7 @@ class PromptFacts:
     """All that `softprompt show` prints. `token_norms` has one mean norm per virtual token.
 
     `layers` is filled for keys and values, `nearest` (token and cosine, best first, per virtual token) for prompts in
-    input space when the base model is at hand.
+    input space when the base model is at hand. `several` are the tasks of a prompt that has more than one.
     """
 
     method: str
@@ -39,6 +40,7 @@ class PromptFacts:
     token_norms: list[float]
     layers: list[LayerNorms] = field(default_factory=list)
     nearest: list[list[tuple[str, float]]] = field(default_factory=list)
+    several: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,18 +62,28 @@ def saved_kv(saved: SavedAdapter) -> KV | None:
     return replace(kv, layers=used)
 
 
+def tasks_of(config: PromptConfig) -> list[str]:
+    """The names of a prompt's tasks, numbers where it has none; empty where there is a single one."""
+    if not isinstance(config, MultitaskPromptTuningConfig) or config.num_tasks == 1:
+        return []
+    return config.task_names or [str(number) for number in range(config.num_tasks)]
+
+
 def describe(saved: SavedAdapter, folder: Path) -> PromptFacts:
     """Facts about an adapter that need no base model."""
     config, prompt = saved.config, saved.tensors["prompt_embeddings"].float()
-    kv = saved_kv(saved)
+    kv, method = saved_kv(saved), method_name(config.peft_type)
+    sizes = {name: tensor.numel() for name, tensor in saved.tensors.items()}
+    own = sum(size for name, size in sizes.items() if name in METHODS[method].saved_names)
     return PromptFacts(
-        method=method_name(config.peft_type),
+        method=method,
         task=str(config.task_type) if config.task_type else None,
         base_model=config.base_model_name_or_path,
         virtual_tokens=config.num_virtual_tokens,
         shape=tuple(prompt.shape),
-        parameters=prompt.numel(),
-        head_parameters=sum(tensor.numel() for name, tensor in saved.tensors.items() if name != "prompt_embeddings"),
+        parameters=own,
+        head_parameters=sum(sizes.values()) - own,
+        several=tasks_of(config),
         bytes=sum(path.stat().st_size for path in folder.glob("adapter_model.*") if path.is_file()),
         token_norms=token_norms(kv) if kv else prompt.norm(dim=1).tolist(),
         layers=layer_norms(kv) if kv else [],

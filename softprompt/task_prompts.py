@@ -6,6 +6,7 @@ from pathlib import Path
 from softprompt.checkpoint import SavedAdapter, load_adapter, save_adapter
 from softprompt.config import EmbeddingConfig, PromptConfig
 from softprompt.errors import ConfigError
+from softprompt.inspect_prompt import tasks_of
 from softprompt.methods import MultitaskPromptEmbedding, MultitaskPromptTuningConfig, PromptTuningConfig
 
 
@@ -21,8 +22,7 @@ def task_of(config: PromptConfig, task: str | int | None, where: str | Path = "t
         return None
     assert isinstance(config, MultitaskPromptTuningConfig)
     if task is None:
-        names = config.task_names or [str(number) for number in range(config.num_tasks)]
-        raise ConfigError(f"{where} has {config.num_tasks} tasks; choose one of {', '.join(names)}.")
+        raise ConfigError(f"{where} has {config.num_tasks} tasks; choose one of {', '.join(tasks_of(config))}.")
     return config.task_number(task)
 
 

@@ -74,6 +74,7 @@ def print_facts(console: Console, prompt: Path, facts: PromptFacts, note: str = 
     rows = {
         "method": facts.method,
         "task": facts.task or "–",
+        "tasks": ", ".join(facts.several),
         "base model": facts.base_model or "–",
         "virtual tokens": str(facts.virtual_tokens),
         "shape": " × ".join(map(str, facts.shape)),
