@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from softprompt.config import PromptConfig, TaskType
 from softprompt.errors import CheckpointError, ConfigError
+from softprompt.stacking import in_use
 
 _HEADS_OF_TASK = {
     TaskType.SEQ_CLS: ["classifier", "score"],
@@ -36,7 +37,7 @@ class Heads(nn.Module):
         found = nn.ModuleDict()
         for path in self.paths(config):
             original = self.__dict__["originals"].setdefault(path, base.get_submodule(path))
-            found[path.replace(".", "/")] = copy.deepcopy(original)
+            found[path.replace(".", "/")] = copy.deepcopy(in_use(original))
         self.copies[adapter] = found
 
     def paths(self, config: PromptConfig) -> list[str]:
@@ -81,7 +82,7 @@ class Heads(nn.Module):
         needed = {
             f"base_model.{path}.{name}": tensor
             for path in self.paths(config)
-            for name, tensor in base.get_submodule(path).state_dict().items()
+            for name, tensor in in_use(base.get_submodule(path)).state_dict().items()
         }
         given = {name: tensor for name, tensor in saved.items() if name.startswith("base_model.")}
         for name in sorted(needed.keys() ^ given.keys()):

@@ -14,18 +14,23 @@ from transformers.utils.hub import PushToHubMixin
 from softprompt import checkpoint
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
 from softprompt.drafting import drafting
-from softprompt.errors import ConfigError, UnsupportedError
+from softprompt.errors import ConfigError
 from softprompt.heads import Heads, with_default_heads
 from softprompt.probe import find_door, word_table
 from softprompt.prompt import KV, METHODS, EmbeddingPrompt, Embeddings, SoftPrompt
 from softprompt.prompt import evaluating as _evaluating
 from softprompt.running import Run
+from softprompt.stacking import freeze, unwrapped
+from softprompt.status import ModelStatus, model_status
 
 
 def get_peft_model(
-    model: PreTrainedModel, peft_config: PromptConfig, adapter_name: str = "default"
+    model: PreTrainedModel | nn.Module, peft_config: PromptConfig, adapter_name: str = "default"
 ) -> "SoftPromptModel":
-    """Freeze `model` and put a prompt before it. The base model object is kept, not copied."""
+    """Freeze `model` and put a prompt before it. The base model object is kept, not copied.
+
+    PEFT's LoRA and its other layers may be in the model already (also as PEFT's own wrapper); they train on as before.
+    """
     return SoftPromptModel(model, peft_config, adapter_name)
 
 
@@ -37,12 +42,11 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
     checkpoint of a training loop does not repeat the frozen model.
     """
 
-    def __init__(self, model: PreTrainedModel, peft_config: PromptConfig, adapter_name: str = "default") -> None:
+    def __init__(
+        self, model: PreTrainedModel | nn.Module, peft_config: PromptConfig, adapter_name: str = "default"
+    ) -> None:
         super().__init__()
-        if not isinstance(model, PreTrainedModel):
-            raise UnsupportedError(
-                f"the base model is a {type(model).__name__}; it must be a transformers PreTrainedModel."
-            )
+        model = unwrapped(model)
         door, geometry = find_door(model)
         self.base_model = model
         self.__dict__["door"] = door  # not a submodule, and it refers to the base model
@@ -53,7 +57,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         self.active_adapter = adapter_name
         self._enabled = True
         self.add_adapter(adapter_name, peft_config)
-        model.requires_grad_(False)  # last: a config that does not fit leaves the model as it was
+        freeze(model)  # last: a config that does not fit leaves the model as it was
         self.set_adapter(adapter_name)
         self.register_state_dict_post_hook(_leave_out_base)
         self.register_load_state_dict_post_hook(_do_not_miss_base)
@@ -276,7 +280,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        model: PreTrainedModel,
+        model: PreTrainedModel | nn.Module,
         model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
@@ -284,6 +288,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
     ) -> "SoftPromptModel":
         """Put a saved prompt (ours or PEFT's) before `model`. Nothing is changed unless everything fits."""
         checkpoint.check_adapter_name(adapter_name)
+        model = unwrapped(model)
         saved = checkpoint.load_adapter(model_id, **_for_hub(hub_options))
         checkpoint.check_fits(saved, find_door(model)[1])
         Heads(model).check(saved.config, saved.tensors)
@@ -318,6 +323,15 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         """Numbers of trainable and of all parameters."""
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+    @property
+    def enabled(self) -> bool:
+        """False inside `disable_adapter`."""
+        return self._enabled
+
+    def get_model_status(self) -> ModelStatus:
+        """Adapters, what trains, and how much there is."""
+        return model_status(self)
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()

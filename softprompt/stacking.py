@@ -1,0 +1,51 @@
+"""Base models that carry adapters of PEFT's own kind, such as LoRA: a prompt goes on top, and they stay as they are.
+
+Whoever has such a model has imported peft; this library never does, and reads nothing of it but its classes.
+"""
+
+import sys
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from softprompt.errors import UnsupportedError
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT's wrapper, with its adapter layers in place; any other model as it is.
+
+    UnsupportedError for what is no transformers model, and for PEFT's own prompts, which are no layers of one.
+    """
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(model, peft.PeftModel):
+        wrapper: Any = model
+        for name, config in wrapper.peft_config.items():
+            if config.is_prompt_learning:
+                kind = getattr(config.peft_type, "value", config.peft_type)
+                raise UnsupportedError(
+                    f"the base model has a {kind} prompt of PEFT's before it ({name!r}), and only one prompt can stand "
+                    "there; give its get_base_model(), and load that prompt with SoftPromptModel.from_pretrained."
+                )
+        model = wrapper.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(
+            f"the base model is a {type(model).__name__}; it must be a transformers PreTrainedModel."
+        )
+    return model
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze a base model. Where PEFT has put layers into it, PEFT has frozen the rest, and all stays as found."""
+    layers = sys.modules.get("peft.tuners.tuners_utils")
+    if layers is None or not any(isinstance(module, layers.BaseTunerLayer) for module in model.modules()):
+        model.requires_grad_(False)
+
+
+def in_use(module: nn.Module) -> nn.Module:
+    """A module of the base model; of a head that PEFT trains beside its adapters, the copy that is active."""
+    other = sys.modules.get("peft.utils.other")
+    if other is None or not isinstance(module, other.ModulesToSaveWrapper):
+        return module
+    wrapper: Any = module
+    return wrapper.modules_to_save[wrapper.active_adapters[0]] if wrapper.active_adapters else wrapper.original_module

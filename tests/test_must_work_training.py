@@ -1,0 +1,358 @@
+"""Training with a prompt in front: checkpointed layers, saved adapters, several adapters, LoRA underneath, and counts.
+
+Every registered method takes part where what is tested could differ by method. The reference is the plain formulation
+of `naive.py`, or the same model without what is tested.
+"""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import conformance
+import peft
+import pytest
+import tiny
+import torch
+from conformance import Cell
+from families import FAMILIES, build
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from softprompt import (
+    METHODS,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    SoftPromptModel,
+    UnsupportedError,
+    get_peft_model,
+)
+from softprompt.prompt import KVPrompt
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks
+COUNT = 4
+TWO_KINDS: dict[str, Any] = {
+    "prompt_tuning": lambda **more: PromptTuningConfig(num_virtual_tokens=COUNT, **more),
+    "prefix": lambda **more: PrefixTuningConfig(num_virtual_tokens=COUNT, **more),
+}
+KV_METHODS = [name for name, method in METHODS.items() if issubclass(method, KVPrompt)]
+
+
+def combinations(*pairs: tuple[str, str]) -> list[Cell]:
+    """Every method before these heads of these families, as far as the cells exist."""
+    cells = [Cell(method, family, task) for family, task in pairs for method in METHODS]
+    return [cell for cell in cells if cell.refusal is None]
+
+
+def languages(*families: str) -> list[Cell]:
+    return combinations(*((family, FAMILIES[family].tasks[0]) for family in families))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(model: nn.Module, other: nn.Module) -> None:
+    got, expected = gradients(model), gradients(other)
+    assert got.keys() == expected.keys() and any(torch.count_nonzero(each) for each in expected.values())
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            got[name], value, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+# ---- gradient checkpointing --------------------------------------------------------------------------------------
+
+
+def checkpointed(model: Any, reentrant: bool) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})  # the first is the name in newer versions
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("before_wrapping", [True, False])
+@pytest.mark.parametrize("cell", languages("bloom", "mpt", "falcon_multi_query", "gptj", "t5", "bart", "lfm2"), ids=str)
+def test_checkpointing_changes_no_gradient(cell: Cell, before_wrapping: bool, reentrant: bool) -> None:
+    plain, base = cell.model().train(), build(cell.family, cell.task)
+    if before_wrapping:
+        checkpointed(base, reentrant)
+    torch.manual_seed(1)
+    model = get_peft_model(base, cell.config()).train()
+    if not before_wrapping:
+        checkpointed(model, reentrant)
+    if reentrant:
+        model.enable_input_require_grads()  # what transformers says it needs when nothing else trains
+    rows, again = conformance.rows(cell), []
+    conformance.library_loss(cell, plain, rows, "left").backward()
+    loss = conformance.library_loss(cell, model, rows, "left")
+    for layer in base.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            for part in list(layer.modules())[1:]:
+                part.register_forward_hook(lambda *_: again.append(1))
+    loss.backward()
+    assert again  # layers did run again
+    same_gradients(model, plain)
+
+
+# ---- saved adapters ----------------------------------------------------------------------------------------------
+
+
+def only_trains(model: SoftPromptModel, name: str) -> bool:
+    """Whether an adapter's prompt trains, its heads with it, and nothing else."""
+    trains = {id(each) for each in model.parameters() if each.requires_grad}
+    heads = {id(each) for each in model.heads.copies[name].parameters()}
+    prompt = {id(each) for each in model.encoder(name).parameters()}
+    return heads <= trains <= heads | prompt and bool(trains & prompt)
+
+
+def step(cell: Cell, model: SoftPromptModel, optimizer: torch.optim.Optimizer, seed: int) -> float:
+    optimizer.zero_grad()
+    torch.manual_seed(seed)
+    loss = conformance.library_loss(cell, model, conformance.rows(cell, seed), "right")
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def adam(model: SoftPromptModel) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+@pytest.mark.parametrize("cell", [*languages("llama", "t5", "bloom"), *combinations(("bert", "SEQ_CLS"))], ids=str)
+def test_training_goes_on_from_a_saved_adapter(cell: Cell, tmp_path: Path) -> None:
+    """Saved with its encoder and loaded, a prompt trains on as if nothing had happened."""
+    model = cell.model()
+    optimizer = adam(model)
+    for seed in range(3):
+        step(cell, model, optimizer, seed)
+    model.save_pretrained(tmp_path, keep_encoder=True)
+    loaded = SoftPromptModel.from_pretrained(build(cell.family, cell.task), tmp_path, is_trainable=True).eval()
+    assert any(p.requires_grad for p in loaded.parameters())
+    names = {name for name, p in loaded.named_parameters() if p.requires_grad}
+    assert names == {name for name, p in model.named_parameters() if p.requires_grad}
+    again = adam(loaded)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in range(3, 6):
+        expected = step(cell, model, optimizer, seed)
+        assert step(cell, loaded, again, seed) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("cell", [*languages("llama", "t5"), *combinations(("bert", "SEQ_CLS"))], ids=str)
+def test_a_prompt_that_is_loaded_to_be_used_is_frozen(cell: Cell, tmp_path: Path) -> None:
+    cell.model().save_pretrained(tmp_path)
+    loaded = SoftPromptModel.from_pretrained(build(cell.family, cell.task), tmp_path)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert not any(module.training for module in loaded.modules())
+    loaded.load_adapter(tmp_path, "other")
+    loaded.set_adapter("other")
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    loaded.load_adapter(tmp_path, "third", is_trainable=True)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    loaded.set_adapter("third")
+    assert only_trains(loaded, "third")
+
+
+# ---- several adapters on one model -------------------------------------------------------------------------------
+
+
+def everything_on(family: str, task: str) -> SoftPromptModel:
+    """All methods that the family takes, on one model, each under its own name."""
+    cells = [Cell(method, family, task) for method in METHODS]
+    cells = [cell for cell in cells if cell.refusal is None]
+    torch.manual_seed(1)
+    model = get_peft_model(build(family, task), cells[0].config(), cells[0].method).eval()
+    for cell in cells[1:]:
+        model.add_adapter(cell.method, cell.config())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("llama", "CAUSAL_LM"), ("bloom", "CAUSAL_LM"), ("lfm2", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM"), ("bert", "SEQ_CLS"),
+     ("bert", "QUESTION_ANS"), ("gpt2", "SEQ_CLS"), ("albert", "TOKEN_CLS")],
+)  # fmt: skip
+def test_methods_mixed_on_one_model(family: str, task: str) -> None:
+    """Each is what it is alone, trains alone, and leaves the others and the base as they are."""
+    model = everything_on(family, task)
+    base = copy.deepcopy(model.get_base_model().state_dict())
+    for name in model.peft_config:
+        cell = Cell(name, family, task)
+        model.set_adapter(name)
+        assert only_trains(model, name)
+        rows = conformance.rows(cell)
+        out = conformance.together(cell, model(**conformance.collate(cell, rows, "left")), rows, "left")
+        for row, got in zip(rows, out, strict=True):
+            expected = conformance.alone(cell, model, row)
+            for key, value in got.items():
+                torch.testing.assert_close(value, expected[key], atol=2e-5, rtol=1e-4)
+        others = {key: value.clone() for key, value in model.state_dict().items() if f".{name}." not in key}
+        optimizer = adam(model)
+        step(cell, model, optimizer, 0)
+        state = model.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in others.items())
+    with model.disable_adapter():
+        now = model.get_base_model().state_dict()
+    assert all(torch.equal(now[key], value) for key, value in base.items())
+
+
+# ---- without the prompt ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cell",
+    combinations(
+        ("bert", "SEQ_CLS"), ("bert", "TOKEN_CLS"), ("roberta", "QUESTION_ANS"), ("distilbert", "FEATURE_EXTRACTION"),
+        ("llama", "SEQ_CLS"), ("gpt2", "SEQ_CLS"), ("bloom", "SEQ_CLS"), ("mpt", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM"),
+        ("bart", "SEQ_2_SEQ_LM"), ("bart", "SEQ_CLS"),
+    ),
+    ids=str,
+)  # fmt: skip
+def test_without_the_prompt_it_is_the_base_model(cell: Cell) -> None:
+    """Its own head included, and in `generate` too, also for a head that has been trained in between."""
+    bare: Any = build(cell.family, cell.task)
+    model = cell.model()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * parameter.requires_grad
+    batch = conformance.collate(cell, conformance.rows(cell), "right")
+    of_task = {"task_ids": batch.pop("task_ids")} if "task_ids" in batch else {}
+    with model.disable_adapter(), torch.no_grad():
+        assert not model.enabled
+        got, expected = model(**batch, **of_task), bare(**batch)
+        assert torch.equal(got[0], expected[0])
+        if cell.task.endswith("LM"):
+            row = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+            assert torch.equal(model.generate(**row, **of_task, **options), bare.generate(**row, **options))
+    assert not torch.allclose(model(**batch, **of_task)[0], expected[0], atol=1e-4)
+
+
+# ---- LoRA underneath ---------------------------------------------------------------------------------------------
+
+TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "bert": ["query", "value"], "t5": ["q", "v"],
+           "bloom": ["query_key_value"]}  # fmt: skip
+KIND = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bloom": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+
+
+def lora(family: str, how: str, task: str | None = None) -> Any:
+    """A model with LoRA in it, not at its start (where it does nothing), put there in one of three ways."""
+    task = task or KIND[family]
+    base = build(family, task)
+    config = peft.LoraConfig(r=2, target_modules=TARGETS[family], init_lora_weights=False, lora_dropout=0.0,
+                             fan_in_fan_out=family == "gpt2", task_type=task if how == "wrapped" else None)  # fmt: skip
+    torch.manual_seed(3)
+    if how == "wrapped":
+        return peft.get_peft_model(base, config)
+    if how == "injected":
+        return peft.inject_adapter_in_model(config, base)
+    base.add_adapter(config)  # pyright: ignore[reportCallIssue]
+    return base
+
+
+@pytest.mark.parametrize("how", ["wrapped", "injected", "added"])
+@pytest.mark.parametrize("cell", combinations(*KIND.items()), ids=str)
+def test_a_prompt_on_a_lora_model_trains_with_it(cell: Cell, how: str) -> None:
+    """LoRA stays trainable; logits and the gradients of both are those of the plain formulation on the LoRA model."""
+    under = lora(cell.family, how)
+    before = {id(p): p.requires_grad for p in under.parameters()}
+    torch.manual_seed(1)
+    model = get_peft_model(under, cell.config()).eval()
+    assert all(p.requires_grad == before[id(p)] for p in under.parameters() if id(p) in before)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("lora_" in name for name in names) and any(name.startswith("prompt_encoder") for name in names)
+    rows = conformance.rows(cell)
+    with torch.no_grad():
+        out = conformance.together(cell, model(**conformance.collate(cell, rows, "left")), rows, "left")
+    alone = [conformance.alone(cell, model, row) for row in rows]
+    for got, expected in zip(out, alone, strict=True):
+        for key, value in got.items():
+            torch.testing.assert_close(value, expected[key], atol=2e-5, rtol=1e-4)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    options: dict[str, Any] = {"materialize_grads": True}
+    expected = torch.autograd.grad(conformance.loss(cell, alone, rows), parameters, **options)
+    got = torch.autograd.grad(conformance.library_loss(cell, model, rows, "left"), parameters, **options)
+    for name, ours, wanted in zip(names, got, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("cell", combinations(("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS")), ids=str)
+def test_a_prompt_on_a_lora_model_is_saved_alone(cell: Cell, tmp_path: Path) -> None:
+    """And loads on the LoRA model again; on the model without LoRA it is another model, of course."""
+    family = cell.family
+    torch.manual_seed(1)
+    model = get_peft_model(lora(family, "wrapped"), cell.config()).eval()
+    model.save_pretrained(tmp_path)
+    batch = conformance.collate(cell, conformance.rows(cell), "right")
+    expected = model(**batch).logits
+    loaded = SoftPromptModel.from_pretrained(lora(family, "wrapped"), tmp_path)
+    torch.testing.assert_close(loaded(**batch).logits, expected, atol=1e-6, rtol=1e-6)
+    elsewhere = SoftPromptModel.from_pretrained(build(family, KIND[family]), tmp_path)
+    assert not torch.allclose(elsewhere(**batch).logits, expected, atol=1e-4)
+    assert not any("lora" in name for name in model.state_dict())
+
+
+def test_switching_lora_off_is_pefts_affair() -> None:
+    under = lora("llama", "wrapped")
+    torch.manual_seed(1)
+    model = get_peft_model(under, PrefixTuningConfig(num_virtual_tokens=COUNT)).eval()
+    torch.manual_seed(1)
+    plain = get_peft_model(build("llama", "CAUSAL_LM"), PrefixTuningConfig(num_virtual_tokens=COUNT)).eval()
+    ids = tiny.ragged()
+    with under.disable_adapter():
+        torch.testing.assert_close(model(**ids).logits, plain(**ids).logits)
+    assert not torch.allclose(model(**ids).logits, plain(**ids).logits, atol=1e-4)
+
+
+def test_pefts_own_prompt_is_no_base() -> None:
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=COUNT)
+    prompted = peft.get_peft_model(build("llama", "CAUSAL_LM"), config)
+    with pytest.raises(UnsupportedError, match=r"PROMPT_TUNING prompt of PEFT's.*get_base_model"):
+        get_peft_model(prompted, PrefixTuningConfig())
+    with pytest.raises(UnsupportedError, match="the base model is a Linear"):
+        get_peft_model(nn.Linear(2, 2), PrefixTuningConfig())
+
+
+# ---- counts and status -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", languages("t5", "bart"), ids=str)
+def test_no_dead_half_of_parameters(cell: Cell) -> None:
+    """PEFT gives an encoder-decoder's prompt twice the rows that it uses."""
+    model = cell.model()
+    conformance.library_loss(cell, model, conformance.rows(cell), "right").backward()
+    encoder, width = model.encoder(), model.geometry.hidden_size
+    for name, parameter in encoder.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        assert parameter.grad is not None, name
+        if "embedding" in name and parameter.ndim == 2 and parameter.shape[0] == COUNT:
+            assert bool(parameter.grad.abs().amax(1).gt(0).all()), name
+    if cell.method == "prompt_tuning":
+        assert model.get_nb_trainable_parameters()[0] == COUNT * width
+
+
+@pytest.mark.parametrize("cell", [*languages("llama", "t5"), *combinations(("bert", "SEQ_CLS"))], ids=str)
+def test_counts_and_status(cell: Cell) -> None:
+    family, method = cell.family, cell.method
+    model, base = cell.model(), build(family, KIND[family])
+    trainable, total = model.get_nb_trainable_parameters()
+    own = sum(p.numel() for p in model.encoder().parameters())
+    head = sum(p.numel() for p in base.get_submodule("classifier").parameters()) if family == "bert" else 0
+    assert total == sum(p.numel() for p in base.parameters()) + own  # a head counts once
+    assert trainable == sum(p.numel() for p in model.encoder().parameters() if p.requires_grad) + head
+    status = model.get_model_status()
+    assert (status.trainable_params, status.total_params) == (trainable, total)
+    assert status.base_model_type == type(base).__name__
+    assert status.peft_types == {"default": METHODS[method].peft_type}
+    assert status.num_adapter_layers == (base.config.num_hidden_layers if method in KV_METHODS else 0)
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
+    assert (status.requires_grad, status.devices) == ({"default": True}, {"default": ["cpu"]})
+    with model.disable_adapter():
+        assert not model.get_model_status().enabled
+    model.add_adapter("more", replace(cell.config(), num_virtual_tokens=COUNT + 1))
+    status = model.get_model_status()
+    assert status.available_adapters == ["default", "more"]
+    assert status.requires_grad == {"default": True, "more": False}
+    model.set_adapter("more")
+    assert model.get_model_status().requires_grad == {"default": False, "more": True}
+    model.set_adapter("more", inference_mode=True)
+    assert model.get_model_status().requires_grad == {"default": False, "more": False}
