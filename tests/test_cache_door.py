@@ -30,6 +30,7 @@ from softprompt import (
     PrefixTuningConfig,
     PromptTuningConfig,
     get_peft_model,
+    initialize_kv_prefix_from_text,
 )
 from softprompt.prompt import KV
 
@@ -274,6 +275,16 @@ def test_prompts_inside_the_row(family: str, side: str) -> None:
                     for token in tokens:
                         assert token == base(inputs_embeds=embedded).logits[0, -1].argmax()
                         embedded = torch.cat([embedded, table(token[None, None])], dim=1)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *families_cache.OTHERS])
+def test_a_prefix_from_a_text_is_that_text_in_front(family: str) -> None:
+    model, tokenizer, row = make(family, "prefix"), tiny.tokenizer(), ids_of(5)
+    text = "the cat sat on the mat and the dog ran"
+    initialize_kv_prefix_from_text(model, tokenizer, text=text, use_chat_template=False)
+    front = tokenizer(text, return_tensors="pt").input_ids[:, :6]
+    with torch.no_grad():
+        close(model(input_ids=row).logits, model.get_base_model()(torch.cat([front, row], dim=1)).logits[:, 6:])
 
 
 # ---- caches and generation ---------------------------------------------------------------------------------------
