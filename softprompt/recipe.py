@@ -25,7 +25,7 @@ from softprompt.errors import ConfigError
 EMBEDDED = "embedded"  # the name under which a recipe asks for the model that ships inside the package
 
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "CLOZE")
-INITS = ("random", "vocab", "text", "examples")
+INITS = ("random", "vocab", "text", "examples", "prompt")
 WORD_SCORES = ("sum", "mean")
 ANSWER_LOSSES = ("labels", "vocabulary")
 OPTIMIZERS = ("adamw", "muon")
@@ -83,8 +83,11 @@ class Recipe:
     max_length: int | None = _help("longest example in tokens; default: what the model's context leaves")
 
     num_virtual_tokens: int | None = _help("length of the prompt")
-    init: str | None = _help("where the prompt starts: random, vocab, text, or examples (text of training examples)")
+    init: str | None = _help(
+        "where the prompt starts: random, vocab, text, examples (text of training examples) or prompt (another task's)"
+    )
     init_text: str | None = _help("the text of init: text")
+    init_from: str | None = _help("folder of another task's prompt, for init: prompt")
     method_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "further fields of the method's config"}
     )
@@ -176,6 +179,8 @@ class Recipe:
             changes.pop("steps", None)
         if self.init is None and self.init_text is not None:
             changes["init"] = "text"
+        elif self.init is None and self.init_from is not None:
+            changes["init"] = "prompt"
         elif self.init is None and (self.source or any("init" in name for name in self.method_options)):
             changes["init"] = "random"  # the method's own option decides
         changes["method_options"] = {**table.method_options, **self.method_options}
@@ -307,8 +312,13 @@ def _check_combinations(recipe: Recipe) -> None:
         raise ConfigError(f"both steps ({recipe.steps}) and epochs ({recipe.epochs:g}) are set; give one of them")
     if recipe.init == "text" and not recipe.init_text:
         raise ConfigError("init is 'text' but init_text is empty; give the text to start from")
-    if recipe.init_text and recipe.init not in (None, "text"):
-        raise ConfigError(f"init_text is set but init is {recipe.init!r}; use init: text, or drop init_text")
+    if recipe.init == "prompt" and not recipe.init_from:
+        raise ConfigError("init is 'prompt' but init_from is empty; give the folder of the prompt to start from")
+    if recipe.init_text and (recipe.init not in (None, "text") or recipe.init_from):
+        other = f"init is {recipe.init!r}" if recipe.init not in (None, "text") else "init_from is set too"
+        raise ConfigError(f"init_text is set but {other}; use init: text, or drop init_text")
+    if recipe.init_from and recipe.init not in (None, "prompt"):
+        raise ConfigError(f"init_from is set but init is {recipe.init!r}; use init: prompt, or drop init_from")
     if recipe.template and (recipe.input_column or (recipe.target_column and recipe.task != "CLOZE")):
         raise ConfigError("both a template and input_column/target_column are set; give one of the two")
     from softprompt.recipe_cloze import check_base_rate, check_cloze  # here because these modules build on this one

@@ -8,7 +8,7 @@ import families
 import pytest
 import tiny
 import torch
-from cli_kit import Shell, save_prompt
+from cli_kit import ROWS, Shell, save_base, save_prompt, write_rows
 from torch import Tensor
 
 from softprompt import (
@@ -238,3 +238,25 @@ def test_prompts_that_name_different_base_models_are_remarked_on(shell: Shell, t
         folders.append(tmp_path / name)
     assert "base-one, base-two" in shell.ok("compare", *folders)
     assert "Note" not in shell.ok("compare", folders[0], folders[0])
+
+
+def test_training_starts_from_another_tasks_prompt(shell: Shell, tmp_path: Path) -> None:
+    """With its length, unless another is asked for; a learning rate of next to nothing shows where it started."""
+    base, rows = save_base(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", ROWS)
+    table = torch.randn(P, D)
+    source = saved(tmp_path / "source", table)
+    flags = ("train", "--model", base, "--method", "prompt_tuning", "--train", rows, "--template", "{mr} => {refs}",
+             "--steps", 1, "--batch-size", 2, "--samples", 1, "--learning-rate", 1e-9)  # fmt: skip
+    for name, more, count in (("same", (), P), ("longer", ("--num-virtual-tokens", 6), 6)):
+        shell.ok(*flags, "--init-from", source, "--out", tmp_path / name, *more)
+        expected = table.repeat(2, 1)[:count]
+        torch.testing.assert_close(read_prompts(tmp_path / name)[0].vectors, expected, rtol=0, atol=1e-6)
+    for more, message in (
+        (("--init", "text", "--init-text", "the cat"), "init_from is set"),
+        (("--init-text", "the cat"), "init_from is set too"),
+        (("--method", "prefix_tuning"), "keys and values"),
+    ):
+        status, _, err = shell.run(*flags, "--init-from", source, "--out", tmp_path / "out", *more)
+        assert (status, message in err) == (2, True)
+    status, _, err = shell.run(*flags, "--init", "prompt", "--out", tmp_path / "out")
+    assert (status, "init_from is empty" in err) == (2, True)

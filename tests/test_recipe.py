@@ -95,7 +95,7 @@ def test_yaml_scientific_notation_is_a_number(tmp_path: Path) -> None:
         ({"beta2": 1}, "beta2 is 1.0; it must be from 0 up to"),
         ({"seed": -1}, "seed is -1; it must be 0 or more"),
         ({"init": "magic"}, "init is 'magic'; it must be one of random, vocab, text, examples"),
-        ({"task": "TOKEN_CLS"}, "task is 'TOKEN_CLS'; it must be one of CAUSAL_LM, SEQ_CLS"),
+        ({"task": "TOKEN_CLS"}, "task is 'TOKEN_CLS'; it must be one of CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS"),
         ({"group_by_length": "yes"}, "group_by_length is 'yes'; it must be true or false"),
         ({"train": None}, "train is None; it must be text"),
         ({"method_options": [1]}, "method_options is .*; it must be a mapping"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt import initialize_from_text
+from softprompt import initialize_from_prompt, initialize_from_text
 from softprompt.checkpoint import load_config
 from softprompt.cloze import answer_of
 from softprompt.config import EmbeddingConfig, PromptConfig
@@ -75,6 +75,8 @@ def _template_options(recipe: Recipe, config_class: type[PromptConfig]) -> dict[
 
 def with_source(recipe: Recipe) -> Recipe:
     """The recipe with the sizes of the prompt it starts from, where it starts from one and does not say."""
+    if recipe.init_from is not None and recipe.num_virtual_tokens is None:
+        recipe = recipe.replace(num_virtual_tokens=load_config(recipe.init_from).num_virtual_tokens)
     if recipe.source is None:
         return recipe
     config, options = source_config(recipe.source), recipe.method_options
@@ -110,6 +112,8 @@ def build_prompt(
     text = _start_text(recipe, tokenizer, texts) if start else None
     if text is not None:
         initialize_from_text(model, tokenizer, text)
+    if start and recipe.init == "prompt":
+        initialize_from_prompt(model, str(recipe.init_from))
     return model
 
 
