@@ -149,12 +149,22 @@ def _plain_tokens(door: Door) -> Tensor:
 def _candidates(base: PreTrainedModel, key_size: int) -> list[Turn]:
     """Every way in which keys of this size may be turned, by any of the frequencies that the model holds."""
     found = []
-    for name, frequencies in base.named_buffers():
-        if not name.endswith("inv_freq") or "original" in name.rpartition(".")[2]:
-            continue
+    for frequencies in _frequencies(base):
         for start in sorted({0, key_size - 2 * len(frequencies)}):
             found += [Turn(frequencies, start, style) for style in (False, True) if start >= 0]
     return [turn for turn in found if turn.start + 2 * len(turn.frequencies) <= key_size]
+
+
+def _frequencies(base: PreTrainedModel) -> list[Tensor]:
+    """`[m]` each, in radians per position; GPT-J has them as a table of sines and cosines, `[positions, 2m]`."""
+    buffers = base.named_buffers()
+    found = [each for name, each in buffers if name.endswith("inv_freq") and "original" not in name.rpartition(".")[2]]
+    tables = (getattr(module, "embed_positions", None) for module in base.modules())
+    table = next((each for each in tables if isinstance(each, Tensor) and each.ndim == 2), None)
+    if table is not None:
+        sines, cosines = table[1].float().chunk(2)
+        found.append(torch.atan2(sines, cosines))
+    return found
 
 
 def _error(one: Tensor, other: Tensor) -> float:

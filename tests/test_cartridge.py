@@ -25,12 +25,12 @@ from softprompt import (
     initialize_kv_prefix_from_text,
 )
 from softprompt.checkpoint import load_adapter
-from softprompt.doors.attention import AttentionDoor
-from softprompt.probe import probe, record
+from softprompt.probe import find_door, record
 
 P, FROZEN = 6, 2
 TEXT = "the cat sat on the mat and the dog ran to the red house by the river while it rained all night long"
-ROTARY = ("llama", "gpt_neox", "gemma3", "cohere2", "phi3", "qwen2_vl", "deepseek_v3", "gpt_oss", "mistral_window")
+MOVED = ("llama", "gpt_neox", "gemma3", "cohere2", "phi3", "qwen2_vl", "deepseek_v3", "gpt_oss", "mistral_window")
+MOVED += ("gptj", "falcon_gqa", "qwen3_next")
 
 
 def config(library: Any = softprompt, **options: Any) -> Any:
@@ -179,8 +179,7 @@ def test_names_and_shapes_of_peft() -> None:
 
 def keys_at(base: Any, ids: Tensor, first: int) -> KV:
     """What the model makes of `ids` [1, t] standing alone at positions first, first+1, …"""
-    door = AttentionDoor(base)
-    probe(door)
+    door, _ = find_door(base)
     positions = torch.arange(first, first + ids.shape[1])[None] + door.position_offset
     with torch.no_grad():
         return KV(tuple(record(door, {"input_ids": ids, "position_ids": positions})[0].layers))
@@ -190,7 +189,7 @@ def texts() -> list[Tensor]:
     return [torch.randint(4, tiny.VOCAB, (1, length)) for length in (7, 5, 4)]
 
 
-@pytest.mark.parametrize("family", ROTARY)
+@pytest.mark.parametrize("family", MOVED)
 def test_composed_prefixes_stand_where_their_positions_say(family: str) -> None:
     base, parts = families.build(family, "CAUSAL_LM"), texts()
     composed = compose_prefixes(base, [keys_at(base, ids, 0) for ids in parts])
@@ -214,6 +213,22 @@ def test_on_one_layer_two_texts_are_the_joined_text_in_context(family: str) -> N
     plain = compose_prefixes(base, [keys_at(base, one, 0), keys_at(base, two, 0)], rerotate=False)
     model.encoder().start_from(plain.flat())
     assert (model(input_ids=ids).logits - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon_alibi"])
+def test_keys_without_positions_stay_as_they_are(family: str) -> None:
+    """ALiBi goes by where a key stands, so that joining alone puts the second prefix where it says."""
+    base, (one, two, ids) = families.build(family, "CAUSAL_LM"), texts()
+    prefixes = [keys_at(base, one, 0), keys_at(base, two, 0)]
+    composed = compose_prefixes(base, prefixes)
+    assert torch.equal(composed.flat(), torch.cat([each.flat() for each in prefixes]))
+    model = get_peft_model(base, config(num_virtual_tokens=12)).eval()
+    model.encoder().start_from(composed.flat())
+    with torch.no_grad():
+        out = base(
+            input_ids=ids, attention_mask=torch.ones(1, 16, dtype=torch.long), past_key_values=composed.to_cache()
+        )
+        torch.testing.assert_close(model(input_ids=ids).logits, out.logits, rtol=0, atol=1e-5)
 
 
 def test_a_model_with_prompts_composes_too_and_its_door_stays_shut() -> None:
