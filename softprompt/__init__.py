@@ -1,5 +1,14 @@
 """Soft prompts over frozen Hugging Face models: one frozen model, a few learned vectors per task."""
 
+from softprompt.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from softprompt.compare import compare_prompts, initialize_from_prompt
 from softprompt.compose import compose_cartridge_adapters, compose_prefixes
 from softprompt.config import PromptConfig, TaskType
@@ -51,6 +60,13 @@ __version__ = "0.1.0"
 __all__ = [
     "KV",
     "METHODS",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "CPTConfig",
     "CPTEmbedding",
     "CartridgeConfig",

@@ -5,6 +5,7 @@ one probe of the model. A config is never changed in place; `dataclasses.replace
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -50,6 +51,8 @@ class PromptConfig:
     """
 
     PEFT_TYPE: ClassVar[str] = ""
+    NOT_IN_PEFT: ClassVar[tuple[str, ...]] = ()
+    """Fields that decide what the prompt does and that PEFT does not have: at their default it does the same."""
 
     task_type: TaskType | str | None = None
     peft_type: str | None = None
@@ -111,9 +114,22 @@ class PromptConfig:
         """How many times the p rows of a prompt stand in its checkpoint."""
         return 1
 
+    @property
+    def beyond_peft(self) -> dict[str, Any]:
+        """What is set that PEFT cannot express; it would take the prompt for another one."""
+        values = {name: (getattr(self, name), self.__dataclass_fields__[name].default) for name in self.NOT_IN_PEFT}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
     def as_saved(self) -> Self:
         """This config as `adapter_config.json` holds it."""
         return replace(self, inference_mode=True)
+
+    def with_examples(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Self:
+        """This config with what its method takes from a few training rows, each token ids and labels (−100: no answer).
+
+        Most methods take nothing.
+        """
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; enums become their strings."""
@@ -169,6 +185,8 @@ class EmbeddingConfig(PromptConfig):
     at the slots of every row, which come with the inputs.
     """
 
+    NOT_IN_PEFT = ("placement", "template")
+
     placement: Placement | str = field(
         default=Placement.FRONT, metadata={"help": "front, after_bos (keeps [CLS] first) or template"}
     )
@@ -196,6 +214,8 @@ class KVConfig(PromptConfig):
     knows the decoder's self-attention only. `layer_shapes` (`[heads, key size, value size]` per layer, filled in by the
     model) is there only where layers are not all alike.
     """
+
+    NOT_IN_PEFT = ("decoder_prefix", "cross_prefix", "encoder_prefix", "prefix_always_visible", "layer_shapes")
 
     decoder_prefix: bool = field(default=True, metadata={"help": "prefix in the decoder's self-attention"})
     cross_prefix: bool = field(default=False, metadata={"help": "prefix in the cross-attention"})

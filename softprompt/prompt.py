@@ -131,9 +131,17 @@ class KV:
         return cache
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file with `key.<layer>` and `value.<layer>`, each `[h, p, k]`."""
+        """Write one safetensors file with `key.<layer>` and `value.<layer>`, each `[h, p, k]`.
+
+        ConfigError for what such a file cannot say.
+        """
         from softprompt.checkpoint import write_tensors
 
+        more = "prefixes of an encoder-decoder" if self.cross or self.encoder else "prefix_always_visible"
+        if self.cross or self.encoder or self.always_visible:
+            raise ConfigError(f"{path}: a key-value file has no {more}; keep the folder of the adapter instead.")
+        if self.layers[0][0].shape[0] > 1:
+            raise ConfigError(f"{path}: a key-value file holds one prompt, these are several; save each by itself.")
         tensors = {}
         for index, (key, value) in enumerate(self.layers):
             tensors[f"key.{index}"], tensors[f"value.{index}"] = key[0], value[0]

@@ -17,7 +17,7 @@ from softprompt.cli.prompted import Prompted, base_name, open_prompted, read_sav
 from softprompt.data import Example, LabelledExample, encode_labels, expand, load_examples, load_labelled
 from softprompt.data.cloze import as_text, load_cloze
 from softprompt.data.examples import without_slots
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.evaluate import (
     evaluate_accuracy,
     evaluate_cloze,
@@ -213,6 +213,12 @@ def convert_prompt(prompt: Path, to: str, out: Path, model: str | None, task: st
         raise ConfigError(f"--out {out} is a file; give the name of a folder")
     if to == "peft":
         saved = load_adapter(prompt)
+        beyond = ", ".join(f"{name}={value!s:.40}" for name, value in saved.config.beyond_peft.items())
+        if beyond:
+            raise UnsupportedError(
+                f"{prompt} cannot become a prompt of PEFT's: it has {beyond}, which PEFT does not know and would leave "
+                "out without saying so; use it here, or train one without"
+            )
         save_adapter(out, saved.config, saved.tensors, saved.encoder)
         return f"{out}: {saved.config.peft_type} as PEFT reads it"
     if to == "prompt_tuning":
@@ -241,10 +247,15 @@ def _folded(prompt: Path, model: str | None, task: str | None) -> KV:
 
 
 def _prefix_config(prompt: Path, kv: KV) -> PrefixTuningConfig:
-    heads, tokens, size = kv.layers[0][0].shape[1:]
+    """Layers that are not all alike have their shapes written down, which PEFT cannot read."""
+    if kv.cross or kv.encoder:
+        raise UnsupportedError(f"{prompt} has prefixes of several attentions, which PREFIX_TUNING of a decoder has not")
+    shapes = [[key.shape[1], key.shape[3], value.shape[3]] for key, value in kv.layers]
+    heads, size, _ = shapes[0]
     base = None if prompt.is_file() else load_adapter(prompt).config.base_model_name_or_path
     return PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=tokens, token_dim=heads * size, num_layers=len(kv.layers),
+        task_type="CAUSAL_LM", num_virtual_tokens=kv.length, token_dim=heads * size, num_layers=len(kv.layers),
         num_attention_heads=heads, num_transformer_submodules=1, encoder_hidden_size=heads * size,
-        base_model_name_or_path=base, inference_mode=True,
+        layer_shapes=None if all(shape == [heads, size, size] for shape in shapes) else shapes,
+        base_model_name_or_path=base, inference_mode=True, prefix_always_visible=kv.always_visible,
     )  # fmt: skip
