@@ -10,6 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
+from cli_kit import ROWS, Shell, save_base, write_rows
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -23,6 +24,7 @@ from softprompt import (
     initialize_from_text,
 )
 from softprompt.context_loss import answer_weights
+from softprompt.methods.cpt import context_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own
 
@@ -246,6 +248,44 @@ def test_from_a_text_the_radii_lie_around_that_text() -> None:
     torch.testing.assert_close(
         (model.encoder().saved_vectors() - words).norm(dim=1), torch.full((5,), 0.1 * (32 / 2048) ** 0.5)
     )
+
+
+# ---- a context out of training examples --------------------------------------------------------------------------
+
+
+def test_whole_rows_that_fit_and_else_the_end_of_the_shortest() -> None:
+    rows = [([5, 6, 7], [-100, -100, 7]), ([8] * 9, [-100] * 8 + [8]), ([9, 10], [-100, 10])]
+    assert context_of(rows, 6) == ([5, 6, 7, 9, 10], [2, 2, 4, 6, 8])
+    assert context_of(rows[:2], 2) == ([6, 7], [2, 4])
+    started = CPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=6, **DECAY).with_examples(rows)
+    assert (started.num_virtual_tokens, started.cpt_token_ids) == (5, [5, 6, 7, 9, 10])
+    assert started.opt_loss_decay_factor == 0.7
+    for config_with_its_own in (config(), CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3])):
+        assert config_with_its_own.with_examples(rows) is config_with_its_own
+    plain = softprompt.PromptTuningConfig(num_virtual_tokens=4)
+    assert plain.with_examples(rows) is plain
+
+
+def test_training_takes_its_context_from_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shell, base = Shell(capsys), save_base(tmp_path / "base")
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    flags = ("train", "--model", base, "--method", "cpt", "--train", data, "--template", "{mr} => {refs}",
+             "--num-virtual-tokens", 50, "--batch-size", 2, "--samples", 1, "--keep-encoder")  # fmt: skip
+    shell.ok(*flags, "--steps", 3, "--out", tmp_path / "run")
+    context = CPTConfig.from_pretrained(tmp_path / "run")
+    assert isinstance(context, CPTConfig)
+    assert 20 < context.num_virtual_tokens <= 50
+    ids, types = context.cpt_token_ids or [], context.cpt_tokens_type_mask or []
+    text = tiny.tokenizer().decode(ids)
+    answers = [row["refs"] for row in ROWS]
+    first = tiny.tokenizer().decode([token for token, kind in zip(ids, types, strict=True) if kind == 4])
+    assert any(first.removesuffix("</s>").strip() in refs for refs in answers)
+    assert all(kind % 4 in (2, 0) for kind in types)
+    assert max(types) == 4 * text.count("name[")
+    model = SoftPromptModel.from_pretrained(tiny.build("llama"), tmp_path / "run", is_trainable=True)
+    words = model.get_base_model().get_input_embeddings().weight[ids].detach()
+    moved = (model.encoder().saved_vectors() - words).norm(dim=1)
+    assert 0 < moved.max() < 0.1 * (32 / 2048) ** 0.5 * 1.001
 
 
 # ---- PEFT and files ----------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ not. The loss also counts the context's labels, those of the j-th answer from th
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Self, final
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,14 @@ class CPTConfig(EmbeddingConfig):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ConfigError(f"{name}={value!r}; it is a number from 0 up.")
 
+    def with_examples(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Self:
+        """With a context made of as many of the rows as `num_virtual_tokens` holds, unless it has one already."""
+        given = any(self.cpt_token_ids or []) or set(self.cpt_tokens_type_mask or []) != {1}
+        if given or not rows:
+            return self
+        ids, types = context_of(rows, self.num_virtual_tokens)
+        return replace(self, cpt_token_ids=ids, cpt_tokens_type_mask=types, cpt_mask=None)
+
     def _fill_context(self) -> None:
         """The three lists, of one length, which is that of the prompt."""
         if self.cpt_token_ids is None and (self.cpt_mask is not None or self.cpt_tokens_type_mask is not None):
@@ -87,6 +95,23 @@ class CPTConfig(EmbeddingConfig):
             raise ConfigError(
                 "cpt_mask has a 0, but a context has no padding (PEFT would use it); leave those tokens out."
             )
+
+
+def context_of(rows: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int) -> tuple[list[int], list[int]]:
+    """Ids and types of a context: the first rows that fit whole into `limit` tokens, all labels being answers.
+
+    Where none fits, the last tokens of the shortest, which its answer is among.
+    """
+    chosen, left = [], limit
+    for ids, labels in rows:
+        if len(ids) <= left:
+            chosen.append((ids, labels))
+            left -= len(ids)
+    if not chosen:
+        ids, labels = min(rows, key=lambda row: len(row[0]))
+        chosen = [(ids[-limit:], labels[-limit:])]
+    types = [4 * number + (2 if label == -100 else 4) for number, (_, labels) in enumerate(chosen) for label in labels]
+    return [token for ids, _ in chosen for token in ids], types
 
 
 @final

@@ -106,7 +106,7 @@ class Trainer:
         torch.manual_seed(recipe.seed)  # a classification head is drawn while loading
         cloze = recipe.task == "CLOZE"
         base = load_base(recipe.model, tokenizer, source.label_names, recipe.dtype, recipe.device, cloze)
-        model = build_prompt(recipe, base, tokenizer, source.texts(), start=state is None)
+        model = build_prompt(recipe, base, tokenizer, source.texts(), state is None, source.examples())
         context = context_length(model.geometry, tokenizer)
         data = source.encode(recipe, tokenizer, context, base)
         loss = own_loss if teachers is None else Distillation.of(base, teachers, recipe)

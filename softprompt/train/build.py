@@ -13,6 +13,7 @@ from softprompt import initialize_from_prompt, initialize_from_text
 from softprompt.checkpoint import load_config
 from softprompt.cloze import answer_of
 from softprompt.config import EmbeddingConfig, PromptConfig
+from softprompt.data import Example, encode_all
 from softprompt.errors import ConfigError
 from softprompt.methods import METHODS, MultitaskPromptTuningConfig
 from softprompt.model import SoftPromptModel, get_peft_model
@@ -24,6 +25,8 @@ from softprompt.train.run_data import starting_text, vocabulary_text
 
 _RECIPE_SETS = ("num_virtual_tokens", "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "template")
 
+
+SOME = 64  # training examples that a method may look at before it starts
 
 _TASK_OF_ANSWER = {
     Answer.NEXT: "CAUSAL_LM",
@@ -98,23 +101,36 @@ def build_prompt(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     start: bool = True,
+    examples: Sequence[Example] = (),
 ) -> SoftPromptModel:
     """``base`` frozen, with the recipe's prompt on it, started as ``init`` says.
 
-    ``texts`` are training examples for ``init: examples``. ``start=False`` leaves out the start, for a run whose saved
-    state is about to be loaded.
+    ``texts`` are training examples for ``init: examples``, and ``examples`` the same with their answers marked, for
+    methods that need to know. ``start=False`` leaves out the start, for a run whose saved state is about to be loaded.
     """
     torch.manual_seed(recipe.seed)
     config = prompt_config(recipe)
     if recipe.task == "CLOZE":
         config = replace(config, task_type=_TASK_OF_ANSWER[answer_of(base)])
-    model = get_peft_model(base, config)
-    text = _start_text(recipe, tokenizer, texts) if start else None
+    started = config.with_examples(_rows(recipe, tokenizer, examples)) if recipe.init == "examples" else config
+    model = get_peft_model(base, started)
+    text = _start_text(recipe, tokenizer, texts) if start and started is config else None
     if text is not None:
         initialize_from_text(model, tokenizer, text)
     if start and recipe.init == "prompt":
         initialize_from_prompt(model, str(recipe.init_from))
     return model
+
+
+def _rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of some training examples, in an order drawn from the seed."""
+    if recipe.task != "CAUSAL_LM":
+        return []
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(recipe.seed))[:SOME]
+    some = encode_all([examples[place] for place in order.tolist()], tokenizer, max_length=10**6)
+    return [(row.input_ids, row.labels) for row in some if row.slots is None]
 
 
 def _start_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> str | None:

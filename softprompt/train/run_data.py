@@ -75,6 +75,10 @@ class Source(ABC):
     def texts(self) -> list[str]:
         """The training examples as plain text, to start a prompt from."""
 
+    def examples(self) -> list[Example]:
+        """The training examples as inputs with targets, where they are that."""
+        return []
+
     @abstractmethod
     def encode(
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int, base: PreTrainedModel
@@ -100,6 +104,9 @@ class TextSource(Source):
 
     def texts(self) -> list[str]:
         return [as_text(example) for example in self.train]
+
+    def examples(self) -> list[Example]:
+        return self.train
 
     def encode(
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int, base: PreTrainedModel
