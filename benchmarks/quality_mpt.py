@@ -1,6 +1,7 @@
 """Does a prompt learnt on six tasks help on a seventh? Multitask prompt tuning beside plain prompts and PEFT.
 
     python benchmarks/quality_mpt.py                   runs what is missing, writes the table
+    python benchmarks/quality_mpt.py --arms untaught,small,heavy,shared,long,three          what it depends on
     python benchmarks/quality_mpt.py --table           only writes benchmarks/results/mpt.md
 
 The embedded model; tasks of mpt_tasks.py. Sources: `softprompt train` on all of them at once, with a teacher each. For
@@ -21,8 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Records, assets, fingerprint, machine, spread_of, table
-from mpt_tasks import SOURCES, TARGETS, TEMPLATE, TEST, few, write_tasks
+from common import RESULTS, Records, assets, fingerprint
+from mpt_table import (
+    ARMS,
+    BATCH,
+    DRAWS,
+    MAIN,
+    RATES,
+    SHOTS,
+    SMALL_BATCH,
+    STEPS,
+    TEACHER_STEPS,
+    TOKENS,
+    WARMUP,
+    WHY,
+    WHY_SHOTS,
+    write_table,
+)
+from mpt_tasks import SOURCES, TARGETS, TEMPLATE, few, write_tasks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -38,27 +55,7 @@ from softprompt.train.multitask_data import TaskOrder
 from softprompt.train.optimizers import build_optimizer
 from softprompt.train.run_data import starting_text
 
-TOKENS, BATCH, WARMUP = 20, 16, 0.06
-SHOTS, DRAWS = (16, 32, 64), 5
-STEPS, SMALL_BATCH = 40, 8  # of an adaptation
 GRID_SHOTS, GRID_DRAW = 32, 99
-TEACHER_STEPS = 80
-ARMS = {
-    "plain": "a prompt of its own",
-    "peft": "PEFT's MPT, mean of the sources",
-    "mpt": "MPT, mean of the sources",
-    "folded": "a plain prompt from the same start",
-    "untaught": "MPT, sources without teachers",
-    "small": "MPT, sources without teachers, start N(0, 0.02) as PEFT",
-}
-MAIN = ("plain", "peft", "mpt", "folded")
-# (rate of the prompt, rate of u and v); PEFT's users have one optimiser with one rate
-RATES: dict[str, list[tuple[float, float | None]]] = {
-    "plain": [(0.1, None), (0.3, None), (0.6, None)],
-    "folded": [(0.03, None), (0.1, None), (0.3, None)],
-    "mpt": [(0.03, 0.03), (0.1, 0.1), (0.3, 0.3), (0.1, 0.3)],
-    "peft": [(0.03, None), (0.1, None), (0.3, None)],
-}
 PEFT_SOURCE = [("RANDOM", 0.1), ("RANDOM", 0.3), ("TEXT", 0.3)]
 PEFT_GRID_STEPS = 60
 
@@ -91,24 +88,36 @@ class Bench:
 
     # ---- sources ---------------------------------------------------------------------------------------------------
 
-    def source(self, name: str, **settings: Any) -> Path:
-        """The folder of a source run, made if it is not there: `softprompt train` on all source tasks."""
+    def source(self, name: str, among: Sequence[str] = SOURCES, **settings: Any) -> Path:
+        """The folder of a source run, made if it is not there: `softprompt train` on several source tasks."""
         out = self.work / name
         if not (out / "summary.json").is_file():
-            tasks = {each: {"train": str(self.files[each][0]), "template": TEMPLATE} for each in SOURCES}
+            tasks = {each: {"train": str(self.files[each][0]), "template": TEMPLATE} for each in among}
             tasks = {each: {**data, "eval": str(self.files[each][1])} for each, data in tasks.items()}
+            steps = settings.pop("steps", self.steps)
             recipe = Recipe(
                 tasks=tasks, out=str(out), method="multitask_prompt_tuning", num_virtual_tokens=TOKENS, samples=0,
-                steps=self.steps, batch_size=BATCH, eval_limit=120, eval_steps=self.steps, device="cpu",
-                **settings,
+                steps=steps, batch_size=BATCH, eval_limit=120, eval_steps=steps, device="cpu", **settings,
             )  # fmt: skip
             result = train(recipe, resume=(out / "recipe.yaml").is_file())
-            self.record(result.best, arm="source", name=name, steps=self.steps, seconds=round(result.seconds, 1))
+            self.record(result.best, arm="source", name=name, steps=steps, seconds=round(result.seconds, 1))
         return out
 
-    def taught(self) -> Path:
+    def source_of(self, arm: str) -> Path:
+        """The folder of the prompt of several tasks that an arm starts from."""
+        if arm == "small":
+            return self.small()
+        if arm == "untaught":
+            return self.source(arm, distillation=0.0)
         teacher = {"steps": TEACHER_STEPS, "eval_steps": TEACHER_STEPS, "eval_limit": 60, "save_steps": 0}
-        return self.source("taught", teacher=teacher)
+        taught = self.source("taught", teacher=teacher)
+        differing: dict[str, dict[str, Any]] = {
+            "heavy": {"distillation": 4.0},
+            "shared": {"task_learning_rate": 0.02},
+            "long": {"steps": 3 * self.steps},
+            "three": {"among": ("name", "food", "describe")},
+        }
+        return self.source(arm, teachers=str(taught / "teachers"), **differing[arm]) if arm in differing else taught
 
     def small(self) -> Path:
         """Our source training without teachers from PEFT's start of u and v."""
@@ -122,6 +131,7 @@ class Bench:
                     if name in model.encoder().task_parameters:
                         parameter.normal_(0, 0.02)
             self.fit_sources(model, rates("mpt", (0.3, 0.3)))
+            self.record(self.source_scores(model), arm="source", name="small", steps=self.steps)
             model.save_pretrained(out.parent)
         return out.parent
 
@@ -180,25 +190,33 @@ class Bench:
 
     def start(self, arm: str, examples: Sequence[Example], draw: int) -> Any:
         """A model with the arm's prompt before adaptation."""
-        average = {"prompt_tuning_init": "AVERAGE_SOURCE_TASKS"}
+        average: dict[str, Any] = {"prompt_tuning_init": "AVERAGE_SOURCE_TASKS"}
         place = "prompt_tuning_init_state_dict_path"
         if arm == "peft":
             file = self.peft_source()[0] / "adapter_model.safetensors"
             return self.peft_multitask("AVERAGE_SOURCE_TASKS", 1, **{place: str(file)})
-        if arm in ("mpt", "untaught", "small"):
-            folder = {"mpt": self.taught, "small": self.small}.get(
-                arm, lambda: self.source("untaught", distillation=0.0)
-            )()
-            return self.multitask(**average, **{place: str(folder)})
+        if arm == "nearest":
+            return self.nearest(examples)
+        if arm == "mpt" or arm in WHY:
+            return self.multitask(**average, **{place: str(self.source_of(arm))})
         torch.manual_seed(draw)
         model = get_peft_model(self.base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS))
         if arm == "plain":  # the default of `softprompt train`: the text of training examples
             texts = [text_of(example) for example in examples]
             initialize_from_text(model, self.tokenizer, starting_text(texts, self.tokenizer, TOKENS, draw))
         else:
-            mean: Any = self.multitask(**average, **{place: str(self.taught())}).encoder()
+            mean: Any = self.multitask(**average, **{place: str(self.source_of(arm))}).encoder()
             model.encoder().start_from(mean.task_vectors())
         return model
+
+    def nearest(self, examples: Sequence[Example]) -> SoftPromptModel:
+        """MPT from the u and v of the source task whose prompt has the lowest loss on the few rows."""
+        place, rows = str(self.source_of("nearest")), encode_all(examples, self.tokenizer, 500)
+        models = [
+            self.multitask(prompt_tuning_init="EXACT_SOURCE_TASK", prompt_tuning_init_state_dict_path=place,
+                           prompt_tuning_init_task=task) for task in range(len(SOURCES))
+        ]  # fmt: skip
+        return min(models, key=lambda model: score(model, rows, self.tokenizer)["loss"])
 
     # ---- targets -----------------------------------------------------------------------------------------------------
 
@@ -224,7 +242,7 @@ class Bench:
 
     def best_rates(self, arm: str) -> tuple[float, float | None]:
         """By the mean loss over the targets on rows and a draw that are not among those reported."""
-        same = {"untaught": "mpt", "small": "mpt"}.get(arm, arm)
+        same = arm if arm in RATES else "mpt"
 
         def mean(setting: tuple[float, float | None]) -> float:
             return sum(self.adapt(same, target, GRID_SHOTS, GRID_DRAW, setting)["loss"] for target in TARGETS)
@@ -284,7 +302,7 @@ def score(model: Any, rows: Sequence[Encoded], tokenizer: Any) -> dict[str, floa
     return {"loss": round(total / tokens, 4), "exact": round(right / len(rows), 4)}
 
 
-# ---- running and the table -------------------------------------------------------------------------------------------
+# ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def run(bench: Bench, arms: Sequence[str], draws: int) -> None:
@@ -294,51 +312,8 @@ def run(bench: Bench, arms: Sequence[str], draws: int) -> None:
         for shots in SHOTS:
             for target in TARGETS:
                 for arm in arms:
-                    bench.adapt(arm, target, shots, draw, chosen[arm])
-
-
-def write_table(records: Records) -> str:
-    """Write benchmarks/results/mpt.md from the records of the newest weights."""
-    rows = records.find(weights=records.rows[-1]["weights"])
-    arms = [arm for arm in ARMS if any(row["arm"] == arm and row["draw"] < DRAWS for row in rows if "draw" in row)]
-    parts = []
-    for target in TARGETS:
-        lines = []
-        for arm in arms:
-            cells = [ARMS[arm]]
-            for shots in SHOTS:
-                found = [r for r in rows if (r["arm"], r.get("target"), r.get("shots")) == (arm, target, shots)]
-                found = [row for row in found if row["draw"] < DRAWS]
-                cells += [spread_of([row["loss"] for row in found])] if found else ["–"]
-                cells += [spread_of([100 * row["exact"] for row in found], 1)] if found else ["–"]
-            lines.append([*cells, _start(rows, arm, target)])
-        header = ["arm", *(f"{what}, k = {shots}" for shots in SHOTS for what in ("loss", "exact %")), "loss at start"]
-        parts.append(f"**{target}**\n\n" + table(header, lines))
-    text = "\n".join(parts) + "\n" + _footer(rows, arms)
-    (RESULTS / "mpt.md").write_text(text, encoding="utf-8")
-    return text
-
-
-def _start(rows: list[dict[str, Any]], arm: str, target: str) -> str:
-    found = [row["start_loss"] for row in rows if (row["arm"], row.get("target")) == (arm, target)]
-    return spread_of(found, 2) if arm == "plain" else f"{found[0]:.2f}"
-
-
-def _footer(rows: list[dict[str, Any]], arms: Sequence[str]) -> str:
-    settings = {arm: next(r["setting"] for r in reversed(rows) if r["arm"] == arm and "target" in r) for arm in arms}
-    said = "; ".join(
-        f"{ARMS[arm]}: {' and '.join(f'{rate:g}' for rate in setting if rate is not None)}"
-        for arm, setting in settings.items()
-    )
-    sources = {row["name"]: row for row in rows if row["arm"] == "source"}
-    losses = ", ".join(f"{name} {row['loss']:.2f} ({row['seconds']:.0f} s)" for name, row in sources.items())
-    return (
-        f"The embedded model, {TOKENS} virtual tokens, rank 1. Loss in nats per target token and exact answers (every "
-        f"token the likeliest) on {TEST} test rows; mean ± standard deviation over {DRAWS} draws of k rows. {STEPS} "
-        f"steps of {SMALL_BATCH} rows. Sources: {', '.join(SOURCES)}; mean held-out loss after source training: "
-        f"{losses}. Rates (prompt and, where two, u and v), the best of {min(map(len, RATES.values()))} to "
-        f"{max(map(len, RATES.values()))} per arm: {said}. PEFT with AdamW, the others with Muon. {machine()}.\n"
-    )
+                    if arm in MAIN or shots == WHY_SHOTS:
+                        bench.adapt(arm, target, shots, draw, chosen[arm])
 
 
 def main() -> None:

@@ -1,0 +1,101 @@
+"""The table of quality_mpt.py, from its records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import RESULTS, Records, machine, spread_of, table
+from mpt_tasks import SOURCES, TARGETS, TEST
+
+TOKENS, BATCH, WARMUP = 20, 16, 0.06
+SHOTS, DRAWS, WHY_SHOTS = (16, 32, 64), 5, 32
+STEPS, SMALL_BATCH = 40, 8  # of an adaptation
+TEACHER_STEPS = 80
+MAIN = {
+    "plain": "a prompt of its own",
+    "peft": "PEFT's MPT, mean of the sources",
+    "mpt": "MPT, mean of the sources",
+    "nearest": "MPT, the source that fits the k rows best",
+    "folded": "a plain prompt, from MPT's mean",
+}
+WHY = {  # each differs from "mpt" in one thing
+    "untaught": "no teachers (λ = 0)",
+    "small": "no teachers, and u, v from N(0, 0.02) as in PEFT",
+    "heavy": "λ = 4",
+    "shared": "u and v learn slowly on the sources (rate 0.02)",
+    "long": "three times as many steps on the sources",
+    "three": "three sources: name, food, describe",
+}
+ARMS = {**MAIN, **WHY}
+# (rate of the prompt, rate of u and v); PEFT's users have one optimiser with one rate
+RATES: dict[str, list[tuple[float, float | None]]] = {
+    "plain": [(0.1, None), (0.3, None), (0.6, None), (1.2, None)],
+    "folded": [(0.1, None), (0.3, None), (0.6, None), (1.2, None)],
+    "mpt": [(0.1, 0.1), (0.3, 0.3), (0.6, 0.6), (0.1, 0.3), (0.3, 0.6)],
+    "peft": [(0.1, None), (0.3, None), (0.6, None), (1.2, None)],
+}
+
+
+def write_table(records: Records) -> str:
+    """Write benchmarks/results/mpt.md from the records of the newest weights."""
+    rows = records.find(weights=records.rows[-1]["weights"])
+    done = {arm: _chosen(rows, arm) for arm in ARMS}
+    done = {arm: found for arm, found in done.items() if found}
+    parts = []
+    for target in TARGETS:
+        lines = []
+        for arm in (arm for arm in done if arm in MAIN):
+            mine = [row for row in done[arm] if row["target"] == target]
+            cells = [_cell(mine, shots, what) for shots in SHOTS for what in ("loss", "exact")]
+            lines.append([MAIN[arm], *cells, spread_of([row["start_loss"] for row in mine], 1)])
+        header = ["arm", *(f"{what}, k = {shots}" for shots in SHOTS for what in ("loss", "exact %")), "loss at start"]
+        parts.append(f"**{target}**\n\n" + table(header, lines))
+    if any(arm in WHY for arm in done):
+        lines = [
+            [{"mpt": "MPT as above", **WHY}[arm], *(_cell([r for r in done[arm] if r["target"] == t], WHY_SHOTS, "loss")
+                                                    for t in TARGETS), _source_loss(rows, arm)]
+            for arm in ("mpt", *WHY) if arm in done
+        ]  # fmt: skip
+        header = [
+            "what is different",
+            *(f"{target}, k = {WHY_SHOTS}" for target in TARGETS),
+            "mean loss on the sources",
+        ]
+        parts.append("**What it depends on** (loss)\n\n" + table(header, lines))
+    text = "\n".join(parts) + "\n" + _footer(rows, done)
+    (RESULTS / "mpt.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _chosen(rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    """The reported rows of an arm, with the rates that were chosen last."""
+    mine = [row for row in rows if row["arm"] == arm and "draw" in row and row["draw"] < DRAWS]
+    return [row for row in mine if row["setting"] == mine[-1]["setting"]]
+
+
+def _cell(rows: list[dict[str, Any]], shots: int, what: str) -> str:
+    found = [row[what] * (100 if what == "exact" else 1) for row in rows if row["shots"] == shots]
+    return spread_of(found, 1 if what == "exact" else 3) if found else "–"
+
+
+def _source_loss(rows: list[dict[str, Any]], arm: str) -> str:
+    found = [r["loss"] for r in rows if r["arm"] == "source" and r["name"] == {"mpt": "taught"}.get(arm, arm)]
+    return f"{found[-1]:.2f}" if found else "–"
+
+
+def _footer(rows: list[dict[str, Any]], done: dict[str, list[dict[str, Any]]]) -> str:
+    said = "; ".join(
+        f"{MAIN[arm]}: {' and '.join(f'{rate:g}' for rate in found[-1]['setting'] if rate is not None)}"
+        for arm, found in done.items()
+        if arm in MAIN
+    )
+    source = {row["name"]: row for row in rows if row["arm"] == "source"}
+    losses = ", ".join(f"{name} {source[key]['loss']:.2f}" for key, name in (("taught", "MPT"), ("peft", "PEFT")))
+    return (
+        f"The embedded model, {TOKENS} virtual tokens, rank 1. Loss in nats per target token and exact answers (every "
+        f"token the likeliest) on {TEST} test rows; mean ± standard deviation over {DRAWS} draws of k rows. {STEPS} "
+        f"steps of {SMALL_BATCH} rows. Sources: {', '.join(SOURCES)}; {source['taught']['steps']} steps of {BATCH} for "
+        f"both libraries, ours after {TEACHER_STEPS} for each teacher; mean held-out loss on them: {losses}. Rates (of "
+        f"the prompt and, where two, of u and v), the best of {min(map(len, RATES.values()))} or "
+        f"{max(map(len, RATES.values()))} per arm: {said}. PEFT with AdamW, the others with Muon. {machine()}.\n"
+    )
