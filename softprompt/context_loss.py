@@ -4,6 +4,9 @@ L = 1/N · Σ w_i · CE(x_i), over the N label tokens of all rows, those in the 
 j-th answer from the end, the row's own being the last (CPT, https://arxiv.org/abs/2410.17222, section 3.3).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,17 @@ if TYPE_CHECKING:
     from softprompt.running import Run
 
 KINDS = 4  # a token's type modulo this is its kind; 0 is an answer
+_ROWS_ALONE: ContextVar[bool] = ContextVar("softprompt_rows_alone", default=False)
+
+
+@contextmanager
+def rows_alone() -> Iterator[None]:
+    """Inside the block a loss is of the rows' labels alone: held-out loss, which prompts are compared by."""
+    token = _ROWS_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ROWS_ALONE.reset(token)
 
 
 def forward_with_context(run: "Run", prompt: Embeddings, inputs: dict[str, Any]) -> Any:
@@ -32,7 +46,7 @@ def forward_with_context(run: "Run", prompt: Embeddings, inputs: dict[str, Any])
     inputs = dict(inputs)
     types, labels = inputs.pop("input_type_mask", None), inputs.get("labels")
     plain = replace(run, prompt=replace(prompt, context=None))
-    if labels is None:
+    if labels is None or (_ROWS_ALONE.get() and types is None):
         return plain.forward(inputs)
     if not labels_tokens(inputs) or packed(inputs):
         raise ConfigError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.cloze import Cloze, EncodedCloze
+from softprompt.context_loss import rows_alone
 from softprompt.data import IGNORED, Encoded, EncodedLabel, Example, collate, input_rows, source_rows
 from softprompt.errors import DataError
 
@@ -24,7 +25,7 @@ def _evaluating(model: nn.Module) -> Iterator[torch.device]:
     training = [module for module in model.modules() if module.training]  # a frozen base may stay in eval mode
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), rows_alone():
             yield next(model.parameters()).device
     finally:
         for module in training:

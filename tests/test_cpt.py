@@ -24,6 +24,8 @@ from softprompt import (
     initialize_from_text,
 )
 from softprompt.context_loss import answer_weights
+from softprompt.data import Encoded
+from softprompt.evaluate import evaluate_loss
 from softprompt.methods.cpt import context_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own
@@ -158,6 +160,19 @@ def test_a_context_without_answers_is_the_ordinary_loss() -> None:
     torch.testing.assert_close(model(**batch).loss, plain(**batch).loss)
     one = get_peft_model(tiny.build("llama"), CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[9]))
     assert torch.isfinite(one(**batch).loss)
+
+
+def test_held_out_loss_is_of_the_rows_alone() -> None:
+    """It can be compared with that of other prompts: here of a plain table of the same vectors."""
+    model, rows = get_peft_model(tiny.build("llama"), config(**DECAY)), [Encoded([5, 6, 7, 8], [-100, -100, 7, 8])] * 2
+    table = softprompt.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+    plain = get_peft_model(tiny.build("llama"), table)
+    plain.encoder().start_from(model.encoder().saved_vectors())
+    assert evaluate_loss(model, rows)["loss"] == pytest.approx(evaluate_loss(plain, rows)["loss"])
+    ids, labels = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[-100, -100, 7, 8]])
+    losses = [float(each(input_ids=ids, labels=labels).loss.detach()) for each in (model, plain)]
+    assert losses[0] != pytest.approx(losses[1])  # and training's is not
+    assert model.training
 
 
 def test_micro_batches_add_up_to_the_step() -> None:
