@@ -1,0 +1,354 @@
+"""What callers may give and what models may be: windows, layers of different shapes, masks, positions, names of enums.
+
+The reference is the plain formulation of `naive.py`, PEFT where the same is meant, or a mask written out by hand.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import conformance
+import naive
+import peft
+import pytest
+import tiny
+import torch
+import transformers as hf
+from conformance import Cell
+from families import FAMILIES, build
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache, PreTrainedModel
+
+from softprompt import (
+    KV,
+    METHODS,
+    ConfigError,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    SoftPromptError,
+    SoftPromptModel,
+    TaskType,
+    get_peft_model,
+)
+
+pytestmark = [  # PEFT's own, on every use
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning"),
+]
+COUNT = 4
+TWO_KINDS: dict[str, Callable[..., Any]] = {
+    "prompt_tuning": lambda **more: PromptTuningConfig(num_virtual_tokens=COUNT, **more),
+    "prefix": lambda **more: PrefixTuningConfig(num_virtual_tokens=COUNT, **more),
+}
+PLAIN: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
+
+
+def ids_of(length: int = 6, rows: int = 1) -> Tensor:
+    return torch.randint(3, tiny.VOCAB - 8, (rows, length))
+
+
+# ---- sliding windows ---------------------------------------------------------------------------------------------
+
+WINDOWS = ("mistral_window", "gemma2", "gemma3", "cohere2", "gpt_oss")  # of 5 tokens
+LONG = (3, 14, 9)
+
+
+@pytest.mark.parametrize("count", [2, 4, 7])
+@pytest.mark.parametrize("method", ["PrefixTuningConfig", "PromptTuningConfig"])
+@pytest.mark.parametrize("family", WINDOWS)
+def test_past_a_window_the_prompt_is_seen_as_in_peft(family: str, method: str, count: int, tmp_path: Path) -> None:
+    """One row at a time and without padding, where PEFT counts as it should; ours is one padded batch."""
+    import softprompt
+
+    config = getattr(softprompt, method)(task_type="CAUSAL_LM", num_virtual_tokens=count)
+    ours = get_peft_model(build(family, "CAUSAL_LM"), config).eval()
+    ours.save_pretrained(tmp_path)
+    theirs: Any = peft.PeftModel.from_pretrained(build(family, "CAUSAL_LM"), str(tmp_path)).eval()
+    batch = tiny.ragged(LONG, side="left")
+    with torch.no_grad():
+        logits = ours(**batch).logits
+        tokens = ours.generate(**batch, max_new_tokens=8, **PLAIN)[:, -8:]
+        for row, (ids, mask) in enumerate(zip(naive.rows(batch), batch["attention_mask"], strict=True)):
+            seen = torch.ones_like(ids)
+            expected = theirs(input_ids=ids, attention_mask=seen).logits[:, -ids.shape[1] :]
+            torch.testing.assert_close(logits[row][mask.bool()], expected[0], atol=1e-5, rtol=1e-4)
+            written = theirs.generate(input_ids=ids, attention_mask=seen, max_new_tokens=8, **PLAIN)
+            assert torch.equal(written[0, -8:], tokens[row])
+
+
+def always_visible(family: str) -> SoftPromptModel:
+    torch.manual_seed(0)
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=COUNT, prefix_always_visible=True)
+    return get_peft_model(build(family, "CAUSAL_LM"), config).eval()
+
+
+def seen_always(model: SoftPromptModel, ids: Tensor) -> Tensor:
+    """Logits of one row `[1, t]` with a mask by hand: a window over the row's own tokens, and all of the prefix."""
+    base, prompt, length = model.get_base_model(), model.encoder().prompt(), ids.shape[1]
+    assert isinstance(prompt, KV)
+    cache = DynamicCache()  # of plain layers, which forget nothing
+    for index, (key, value) in enumerate(prompt.layers):
+        cache.update(key, value, index)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    masks = {}
+    for kind, window in (("full_attention", length), ("sliding_attention", base.config.sliding_window)):
+        own = (distance >= 0) & (distance < window)
+        masks[kind] = as_mask(torch.cat([torch.ones(length, COUNT, dtype=torch.bool), own], dim=1), "float")
+    given = masks["sliding_attention"] if base.config.model_type == "mistral" else masks
+    positions = COUNT + torch.arange(length)[None]
+    return base(input_ids=ids, past_key_values=cache, position_ids=positions, attention_mask=given).logits
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", WINDOWS)
+def test_a_prefix_that_is_always_visible(family: str, side: str) -> None:
+    model, batch = always_visible(family), tiny.ragged(LONG, side=side)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    result = model(**batch, labels=labels)
+    total, count = torch.zeros(()), 0
+    for row, (ids, mask) in enumerate(zip(naive.rows(batch), batch["attention_mask"], strict=True)):
+        expected = seen_always(model, ids)
+        torch.testing.assert_close(result.logits[row][mask.bool()], expected[0], atol=1e-5, rtol=1e-4)
+        total = total + cross_entropy(expected[0, :-1], ids[0, 1:], reduction="sum")
+        count += ids.shape[1] - 1
+    torch.testing.assert_close(result.loss, total / count, atol=1e-5, rtol=1e-5)
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    wanted = torch.autograd.grad(total / count, parameters)
+    for got, want in zip(torch.autograd.grad(result.loss, parameters), wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize("family", WINDOWS)
+def test_generating_with_a_prefix_that_is_always_visible(family: str, options: dict[str, Any]) -> None:
+    model, batch = always_visible(family), tiny.ragged(LONG, side="left")
+    tokens = model.generate(**batch, max_new_tokens=8, **PLAIN, **options)[:, -8:]
+    with torch.no_grad():
+        for row, ids in enumerate(naive.rows(batch)):
+            for _ in range(8):
+                ids = torch.cat([ids, seen_always(model, ids)[:, -1:].argmax(-1)], dim=1)
+            assert torch.equal(tokens[row], ids[0, -8:])
+
+
+def test_what_is_always_visible_stays_so_when_loaded(tmp_path: Path) -> None:
+    model, batch = always_visible("mistral_window"), tiny.ragged(LONG)
+    model.save_pretrained(tmp_path)
+    loaded = SoftPromptModel.from_pretrained(build("mistral_window", "CAUSAL_LM"), tmp_path)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    torch.manual_seed(0)
+    usual = get_peft_model(build("mistral_window", "CAUSAL_LM"), TWO_KINDS["prefix"](task_type="CAUSAL_LM")).eval()
+    assert (usual(**batch).logits[1] - model(**batch).logits[1]).abs().max() > 1e-3
+
+
+# ---- layers of different shapes ----------------------------------------------------------------------------------
+
+
+def gemma4(**more: Any) -> PreTrainedModel:
+    """Sliding layers with two heads of 8, full ones with one head of 16."""
+    options: dict[str, Any] = {
+        **tiny.GQA,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 5,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "vocab_size_per_layer_input": tiny.VOCAB,
+        "hidden_size_per_layer_input": 0,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = hf.AutoModelForCausalLM.from_config(hf.Gemma4TextConfig(**{**options, **more}))
+        tiny.perturb(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", TWO_KINDS)
+def test_layers_of_different_shapes(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = get_peft_model(gemma4(), TWO_KINDS[method](task_type="CAUSAL_LM")).eval()
+    assert [(each.heads, each.key_size) for each in model.geometry.layers] == [(2, 8), (1, 16)] * 2
+    batch = tiny.ragged(LONG, side="left")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    result = model(**batch, labels=labels)
+    for row, (ids, mask) in enumerate(zip(naive.rows(batch), batch["attention_mask"], strict=True)):
+        torch.testing.assert_close(
+            result.logits[row][mask.bool()], naive.logits(model, ids)[0][0], atol=1e-5, rtol=1e-4
+        )
+    expected = naive.loss(model, batch, labels)
+    torch.testing.assert_close(result.loss, expected, atol=1e-5, rtol=1e-5)
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    wanted = torch.autograd.grad(expected, parameters)
+    for got, want in zip(torch.autograd.grad(result.loss, parameters), wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-3)
+    tokens = model.generate(**batch, max_new_tokens=6, **PLAIN)[:, -6:]
+    with torch.no_grad():
+        assert torch.equal(tokens, torch.cat([naive.greedy(model, row, 6) for row in naive.rows(batch)]))
+    model.save_pretrained(tmp_path)
+    loaded = SoftPromptModel.from_pretrained(gemma4(), tmp_path)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+# ---- masks and positions -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("method", TWO_KINDS)
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "modernbert"])
+def test_square_masks_of_encoders(family: str, method: str, kind: str) -> None:
+    """A mask of the caller's in which the tokens of a row's two halves do not see each other; all see the prompt."""
+    torch.manual_seed(0)
+    model = get_peft_model(build(family, "TOKEN_CLS"), TWO_KINDS[method](task_type="TOKEN_CLS")).eval()
+    ids, half = ids_of(6), torch.arange(6) < 3
+    visible = half[:, None] == half[None]
+    got = model(input_ids=ids, attention_mask=as_mask(visible, kind)).logits
+    base, prompt = model.get_base_model(), model.encoder().prompt()
+    if isinstance(prompt, KV):
+        apart = [model(input_ids=part, position_ids=at) for part, at in halves(model, ids)]
+        torch.testing.assert_close(got, torch.cat([each.logits for each in apart], dim=1), atol=1e-5, rtol=1e-4)
+    else:
+        whole = torch.ones(COUNT + 6, COUNT + 6, dtype=torch.bool)
+        whole[COUNT:, COUNT:] = visible
+        embedded = torch.cat([prompt.vectors, base.get_input_embeddings()(ids)], dim=1)
+        expected = base(inputs_embeds=embedded, attention_mask=as_mask(whole, kind)).logits[:, COUNT:]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert (got - model(input_ids=ids).logits).abs().max() > 1e-3
+
+
+def as_mask(visible: Tensor, kind: str) -> Tensor:
+    if kind == "bool":
+        return visible[None, None]
+    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
+
+
+def halves(model: SoftPromptModel, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    positions = torch.arange(6)[None] + model.geometry.position_offset
+    yield from zip(ids.split(3, dim=1), positions.split(3, dim=1), strict=True)
+
+
+# ---- heads and names ---------------------------------------------------------------------------------------------
+
+
+NEEDS: dict[str, dict[str, Any]] = {
+    "TEXT": {"prompt_tuning_init_text": "the cat", "tokenizer_name_or_path": "somewhere"},
+    "CLASS_LABELS": {"class_labels": ["a"], "tokenizer_name_or_path": "somewhere"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_enum_takes_strings_of_any_case(method: str) -> None:
+    """And a config that was written and read is the same one."""
+    config_class, example = METHODS[method].config_class, METHODS[method].example
+    known, seen = {each.name for each in fields(config_class)}, 0
+    for name in known:
+        for enum in enums_in(get_type_hints(config_class)[name]):
+            for member in enum:
+                extra = NEEDS.get(member.value, {})
+                if "SOURCE" in member.value:
+                    extra = {"prompt_tuning_init_state_dict_path": "somewhere"}
+                options = {**example, **{key: value for key, value in extra.items() if key in known}}
+                made = [
+                    attempt(config_class, {**options, name: each})
+                    for each in (member, member.value, member.value.lower())
+                ]
+                assert made[0] == made[1] == made[2]
+                if isinstance(made[0], config_class):
+                    assert getattr(made[0], name) is member
+                    assert config_class.from_dict(made[0].to_dict()) == made[0]
+                    seen += 1
+            with pytest.raises(ConfigError, match="choose one of"):
+                config_class(**{**example, name: "nonsense"})
+    assert seen >= len(METHODS[method].task_types)
+
+
+def attempt(config_class: Any, options: dict[str, Any]) -> Any:
+    """The config, or what is said against this choice of this method."""
+    try:
+        return config_class(**options)
+    except SoftPromptError as error:
+        return str(error)
+
+
+def enums_in(hint: Any) -> list[Any]:
+    return [
+        each for each in (hint, *getattr(hint, "__args__", ())) if isinstance(each, type) and issubclass(each, Enum)
+    ]
+
+
+GENERAL = [name for name, method in METHODS.items() if method.task_types == tuple(TaskType)]
+
+
+@pytest.mark.parametrize("method", GENERAL)
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM"), ("bert", "SEQ_CLS"), ("bert", "QUESTION_ANS"),
+     ("gpt2", "SEQ_CLS"), ("roberta", "TOKEN_CLS"), ("bart", "FEATURE_EXTRACTION"), ("bert", "MASKED_LM")],
+)  # fmt: skip
+def test_without_a_task_type_the_model_decides(family: str, task: str, method: str, tmp_path: Path) -> None:
+    """The same prompt as with one, and no head is copied or trained."""
+    cell = Cell(method, family, task)
+    torch.manual_seed(1)
+    config = METHODS[method].config_class(task_type=None, num_virtual_tokens=COUNT, **METHODS[method].example)
+    model = get_peft_model(build(family, task), config).eval()
+    assert model.active_peft_config.modules_to_save is None
+    rows = conformance.rows(cell)
+    batch = conformance.collate(cell, rows, "left")
+    for got, row in zip(conformance.together(cell, model(**batch), rows, "left"), rows, strict=True):
+        for name, expected in conformance.alone(cell, model, row).items():
+            if name in got:
+                torch.testing.assert_close(got[name], expected, atol=2e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = SoftPromptModel.from_pretrained(build(family, task), tmp_path)
+    torch.testing.assert_close(loaded(**batch)[0], model(**batch)[0], atol=1e-6, rtol=1e-6)
+
+
+# ---- calls that raise, and arguments by position -----------------------------------------------------------------
+
+
+def traces(base: PreTrainedModel) -> list[str]:
+    """Everything in a model that a call could leave behind."""
+    found = [f"{module.__class__.__name__} {module._forward_hooks} {module._forward_pre_hooks} {sorted(vars(module))}"
+             for module in base.modules()]  # fmt: skip
+    return [*found, str(base.config._attn_implementation), str(base.config.to_dict())]
+
+
+@pytest.mark.parametrize("call", ["forward", "generate", "beams"])
+@pytest.mark.parametrize("method", TWO_KINDS)
+@pytest.mark.parametrize("family", ["t5", "bart", "bloom", "lfm2"])
+def test_a_call_that_raises_leaves_nothing(family: str, method: str, call: str) -> None:
+    task = FAMILIES[family].tasks[0]
+    model = get_peft_model(build(family, task), TWO_KINDS[method](task_type=task)).eval()
+    base, ids = model.get_base_model(), ids_of(5, rows=2)
+    options: dict[str, Any] = {"max_new_tokens": 4, **PLAIN, "num_beams": 3 if call == "beams" else 1}
+    before, expected = traces(base), base.generate(ids, **options)  # pyright: ignore[reportCallIssue]
+    prompted = model.generate(ids, **options)
+
+    def stop(*_: Any) -> None:
+        raise InterruptedError("in the middle")
+
+    layers = [each for each in base.modules() if isinstance(each, torch.nn.Dropout | torch.nn.Linear)]
+    handle = layers[-2].register_forward_hook(stop)
+    with pytest.raises(InterruptedError):
+        model(ids, decoder_input_ids=ids) if model.geometry.encoder_decoder and call == "forward" else (
+            model(ids) if call == "forward" else model.generate(ids, **options)
+        )
+    handle.remove()
+    assert traces(base) == before
+    assert torch.equal(base.generate(ids, **options), expected)  # pyright: ignore[reportCallIssue]
+    assert torch.equal(model.generate(ids, **options), prompted)
+
+
+@pytest.mark.parametrize("method", TWO_KINDS)
+@pytest.mark.parametrize("family", ["llama", "bloom", "t5", "bart", "lfm2"])
+def test_generate_takes_its_arguments_by_position(family: str, method: str) -> None:
+    """Ids, then a generation config and processors, as in transformers."""
+    task = FAMILIES[family].tasks[0]
+    model, ids = get_peft_model(build(family, task), TWO_KINDS[method](task_type=task)).eval(), ids_of(5, rows=2)
+    config = hf.GenerationConfig(max_new_tokens=4, **PLAIN, decoder_start_token_id=tiny.PAD)
+    forbid = hf.LogitsProcessorList([hf.SuppressTokensLogitsProcessor(list(range(200)))])
+    named = model.generate(inputs=ids, generation_config=config, logits_processor=forbid)
+    assert torch.equal(model.generate(ids, config, forbid), named)
+    assert bool((named[:, -4:] >= 200).all())
