@@ -16,9 +16,10 @@ MAIN = {
     "peft": "PEFT's MPT, mean of the sources",
     "mpt": "MPT, mean of the sources",
     "nearest": "MPT, the source that fits the k rows best",
-    "folded": "a plain prompt, from MPT's mean",
+    "scratch": "MPT's form, without sources",
 }
 WHY = {  # each differs from "mpt" in one thing
+    "folded": "P ∘ u vᵀ multiplied out at the start",
     "untaught": "no teachers (λ = 0)",
     "small": "no teachers, and u, v from N(0, 0.02) as in PEFT",
     "heavy": "λ = 4",
@@ -29,10 +30,11 @@ WHY = {  # each differs from "mpt" in one thing
 ARMS = {**MAIN, **WHY}
 # (rate of the prompt, rate of u and v); PEFT's users have one optimiser with one rate
 RATES: dict[str, list[tuple[float, float | None]]] = {
-    "plain": [(0.1, None), (0.3, None), (0.6, None), (1.2, None)],
-    "folded": [(0.1, None), (0.3, None), (0.6, None), (1.2, None)],
-    "mpt": [(0.1, 0.1), (0.3, 0.3), (0.6, 0.6), (0.1, 0.3), (0.3, 0.6)],
-    "peft": [(0.1, None), (0.3, None), (0.6, None), (1.2, None)],
+    "plain": [(0.3, None), (0.6, None), (1.2, None)],
+    "folded": [(0.6, None), (1.2, None), (2.4, None)],
+    "mpt": [(0.3, 0.3), (0.6, 0.6), (1.0, 1.0), (0.3, 0.6)],
+    "scratch": [(0.3, 0.3), (0.6, 0.6), (1.0, 1.0), (0.3, 0.6)],
+    "peft": [(0.6, None), (1.2, None), (2.4, None)],
 }
 
 
@@ -47,8 +49,14 @@ def write_table(records: Records) -> str:
         for arm in (arm for arm in done if arm in MAIN):
             mine = [row for row in done[arm] if row["target"] == target]
             cells = [_cell(mine, shots, what) for shots in SHOTS for what in ("loss", "exact")]
-            lines.append([MAIN[arm], *cells, spread_of([row["start_loss"] for row in mine], 1)])
-        header = ["arm", *(f"{what}, k = {shots}" for shots in SHOTS for what in ("loss", "exact %")), "loss at start"]
+            far = [row["moved"] for row in mine]
+            lines.append([MAIN[arm], *cells, spread_of([row["start_loss"] for row in mine], 1), spread_of(far, 1)])
+        header = [
+            "arm",
+            *(f"{what}, k = {shots}" for shots in SHOTS for what in ("loss", "exact %")),
+            "loss at start",
+            "moved",
+        ]
         parts.append(f"**{target}**\n\n" + table(header, lines))
     if any(arm in WHY for arm in done):
         lines = [
@@ -93,7 +101,8 @@ def _footer(rows: list[dict[str, Any]], done: dict[str, list[dict[str, Any]]]) -
     losses = ", ".join(f"{name} {source[key]['loss']:.2f}" for key, name in (("taught", "MPT"), ("peft", "PEFT")))
     return (
         f"The embedded model, {TOKENS} virtual tokens, rank 1. Loss in nats per target token and exact answers (every "
-        f"token the likeliest) on {TEST} test rows; mean ± standard deviation over {DRAWS} draws of k rows. {STEPS} "
+        f"token the likeliest) on at most {TEST} test rows; moved: how far the prompt went, in lengths "
+        f"of its start; mean ± standard deviation over {DRAWS} draws of k rows. {STEPS} "
         f"steps of {SMALL_BATCH} rows. Sources: {', '.join(SOURCES)}; {source['taught']['steps']} steps of {BATCH} for "
         f"both libraries, ours after {TEACHER_STEPS} for each teacher; mean held-out loss on them: {losses}. Rates (of "
         f"the prompt and, where two, of u and v), the best of {min(map(len, RATES.values()))} or "

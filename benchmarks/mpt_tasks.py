@@ -14,9 +14,9 @@ from softprompt.demo_data import __file__ as demo
 SLOTS = {"name": "name", "food": "food", "kind": "eatType", "price": "priceRange", "rating": "customer rating"}
 SLOTS |= {"area": "area", "near": "near"}
 SOURCES = ("name", "food", "kind", "price", "rating", "describe")
-TARGETS = ("near", "area", "sentiment")
+TARGETS = ("weather", "near", "area", "sentiment")
 TEMPLATE = "{text} => {answer}"
-ROWS, TEST, KEPT = 600, 100, 60  # training rows of a source task; test rows of any; rows to choose settings by
+ROWS, TEST, KEPT = 600, 100, 60  # training rows of a source task; test rows of any, at most; rows to choose settings by
 
 
 def write_tasks(data: Path, folder: Path) -> dict[str, tuple[Path, Path, Path]]:
@@ -44,8 +44,10 @@ def few(file: Path, count: int, draw: int) -> list[dict[str, str]]:
 
 
 def _rows(name: str, data: Path, part: str) -> Iterator[dict[str, str]]:
-    if name == "describe":
+    if name in ("describe", "weather"):  # a forecast, or any other of the demo's cards, as sentences
         for row in _read(Path(demo).parent / ("train.jsonl" if part == "train" else "heldout.jsonl")):
+            if row["data"].startswith("where:") != (name == "weather"):
+                continue
             yield {"text": row["data"], "answer": row["text"] if isinstance(row["text"], str) else row["text"][0]}
     elif name == "sentiment":
         for row in _read(data / "sst2" / f"{part}.jsonl"):

@@ -1,7 +1,7 @@
 """Does a prompt learnt on six tasks help on a seventh? Multitask prompt tuning beside plain prompts and PEFT.
 
     python benchmarks/quality_mpt.py                   runs what is missing, writes the table
-    python benchmarks/quality_mpt.py --arms untaught,small,heavy,shared,long,three          what it depends on
+    python benchmarks/quality_mpt.py --arms folded,untaught,small,heavy,shared,long,three   what it depends on
     python benchmarks/quality_mpt.py --table           only writes benchmarks/results/mpt.md
 
 The embedded model; tasks of mpt_tasks.py. Sources: `softprompt train` on all of them at once, with a teacher each. For
@@ -197,11 +197,12 @@ class Bench:
             return self.peft_multitask("AVERAGE_SOURCE_TASKS", 1, **{place: str(file)})
         if arm == "nearest":
             return self.nearest(examples)
-        if arm == "mpt" or arm in WHY:
+        if arm == "mpt" or (arm in WHY and arm != "folded"):
             return self.multitask(**average, **{place: str(self.source_of(arm))})
         torch.manual_seed(draw)
-        model = get_peft_model(self.base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS))
-        if arm == "plain":  # the default of `softprompt train`: the text of training examples
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS)
+        model = self.multitask() if arm == "scratch" else get_peft_model(self.base(), config)
+        if arm != "folded":  # the default of `softprompt train`: the text of training examples
             texts = [text_of(example) for example in examples]
             initialize_from_text(model, self.tokenizer, starting_text(texts, self.tokenizer, TOKENS, draw))
         else:
@@ -234,11 +235,12 @@ class Bench:
             examples, rows = load_examples(file, template=TEMPLATE), self.encoded(file)
         model = self.start(arm, examples, draw)
         scored = (self.kept if draw == GRID_DRAW else self.tests)[target]
-        before = score(model, scored, self.tokenizer)
+        before, start = score(model, scored, self.tokenizer), vectors_of(model)
         order = BatchOrder([len(row.input_ids) for row in rows], SMALL_BATCH, draw)
         fit(model, rows, order, STEPS, setting[0] if arm == "peft" else rates(arm, setting), self.tokenizer)
         scores = score(model, scored, self.tokenizer)
-        return self.record({**scores, "start_loss": before["loss"]}, **key)
+        moved = round(float((vectors_of(model) - start).norm() / start.norm()), 3)
+        return self.record({**scores, "start_loss": before["loss"], "moved": moved}, **key)
 
     def best_rates(self, arm: str) -> tuple[float, float | None]:
         """By the mean loss over the targets on rows and a draw that are not among those reported."""
@@ -258,6 +260,15 @@ def rates(arm: str, setting: tuple[float, float | None]) -> Recipe:
     """Our optimiser with these rates; everything else is the method's default."""
     method = "prompt_tuning" if arm in ("plain", "folded") else "multitask_prompt_tuning"
     return Recipe(train="-", out="-", method=method, learning_rate=setting[0], task_learning_rate=setting[1]).resolved()
+
+
+@torch.no_grad()
+def vectors_of(model: Any) -> Tensor:
+    """The prompt of a target `[p, d]`, of either library."""
+    encoder = model.prompt_encoder["default"]
+    if isinstance(model, SoftPromptModel):
+        return model.encoder().prompt().vectors[0].clone()  # pyright: ignore[reportAttributeAccessIssue]
+    return encoder.embedding.weight * (encoder.prefix_task_cols[0] @ encoder.prefix_task_rows[0])
 
 
 def fit(model: Any, rows: Sequence[Encoded], order: Any, steps: int, how: float | Recipe, tokenizer: Any) -> None:
