@@ -82,7 +82,7 @@ _TABLE: dict[tuple[str, str], Defaults] = {
         init="random",
         method_options={"prefix_projection": False},
     ),
-    # A cartridge is a prefix without FFN. The demo's data and the embedded model, 60 steps, held-out loss (3.70 before):
+    # A cartridge is a prefix without FFN. The demo's data, the embedded model, 60 steps, held-out loss (3.70 before):
     # 0.93; with a learning rate of 0.1 1.67, and with the fallback's settings 3.17. A prefix there: 0.91.
     ("cartridge", "CAUSAL_LM"): Defaults(learning_rate=0.4, beta1=0.6, beta2=0.8),
     # As above, from 64 tokens of training examples (3.60 before). On so small a model the radii of PEFT's defaults hold
