@@ -65,7 +65,8 @@ def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]]) ->
 
 
 def _cell(metric: str, value: float | None) -> str:
-    return "–" if value is None else format(value, FORMATS.get(metric, ",.0f"))
+    kind = "loss" if metric.startswith("loss_") else metric  # the loss of one task of several
+    return "–" if value is None else format(value, FORMATS.get(kind, ",.0f"))
 
 
 def print_facts(console: Console, prompt: Path, facts: PromptFacts, note: str = "") -> None:
