@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.fold import fold_and_predict
-from softprompt.inputs import labels_tokens, packed, with_mask, without_cache
+from softprompt.inputs import beyond_text, labels_tokens, packed, with_mask, without_cache
 from softprompt.prompt import Context, Embeddings
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ def forward_with_context(run: "Run", prompt: Embeddings, inputs: dict[str, Any])
         raise ConfigError(
             "this prompt's loss takes one whole sequence per row, with a label for every token and no cache; give the "
             "rows an attention_mask, and leave past_key_values out."
+        )
+    if beyond_text(inputs):
+        raise UnsupportedError(
+            "this prompt's loss counts a text's answers, and rows with images or other media cannot have it; train "
+            "prompt_tuning on them."
         )
     if types is not None and types.shape != labels.shape:
         raise ConfigError(

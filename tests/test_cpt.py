@@ -198,6 +198,8 @@ def test_inputs_whose_loss_would_be_another() -> None:
         model(input_ids=ids, labels=labels, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(3, -1))
     with pytest.raises(ConfigError, match="one whole sequence"):
         model(input_ids=ids, labels=labels[:, 1:])
+    with pytest.raises(UnsupportedError, match="images"):
+        model(**batch, pixel_values=torch.zeros(1))
     with pytest.raises(ConfigError, match=r"input_type_mask has shape \(3, 8\)"):
         model(**batch, input_type_mask=torch.ones(3, 8))
 
