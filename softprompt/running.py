@@ -228,6 +228,7 @@ class Run:
             raise ConfigError("generate needs input_ids or inputs_embeds; give the rows to go on from.")
         if cached({"past_key_values": inputs.get("past_key_values") or inputs.get("cache_params")}):
             raise ConfigError("this prompt stands inside the rows, so generate cannot start from a cache; pass none.")
+        _refuse_drafts(self.base, args, kwargs)
         mask = inputs.get("attention_mask")
         if mask is None:
             mask = _mask_of(self.base, inputs, kwargs)
@@ -243,6 +244,20 @@ class Run:
         with self.door.open(None, generating=kwargs.get("position_ids") is None):
             output = generate(None, *args[1:], **options, **placed, input_ids=ids)
         return output if given is None else _starting_with(output, given, ids)
+
+
+def _refuse_drafts(base: PreTrainedModel, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """transformers takes the number of ids for the length of the cache there, which vectors in the rows are not in."""
+    config = options.get("generation_config") or (args[1] if len(args) > 1 else None) or base.generation_config
+    names = ("prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+    found = {name: options.get(name, getattr(config, name, None)) for name in names}
+    found["assistant_model"] = options.get("assistant_model", args[5] if len(args) > 5 else None)
+    for name, value in found.items():
+        if value is not None:
+            raise ConfigError(
+                f"this prompt stands inside the rows, so generate cannot use {name}; leave it out, the tokens are the "
+                "same without it."
+            )
 
 
 def _given_ids(args: tuple[Any, ...], inputs: dict[str, Any]) -> Tensor | None:

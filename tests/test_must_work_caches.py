@@ -18,7 +18,7 @@ from families import build
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 
-from softprompt import PrefixTuningConfig, PromptTuningConfig, SoftPromptModel, get_peft_model
+from softprompt import ConfigError, PrefixTuningConfig, PromptTuningConfig, SoftPromptModel, get_peft_model
 
 COUNT, NEW = 4, 6
 METHODS: dict[str, Callable[..., Any]] = {
@@ -312,3 +312,62 @@ def test_generation_from_embedded_inputs(family: str, method: str) -> None:
     embedded = model.get_base_model().get_input_embeddings()(ids)
     out = model.generate(inputs_embeds=embedded, attention_mask=torch.ones_like(ids), **OPTIONS)[:, -NEW:]
     assert torch.equal(out, plain(model, ids))
+
+
+# ---- prompts inside the rows -------------------------------------------------------------------------------------
+
+
+def inside(family: str, **options: Any) -> SoftPromptModel:
+    torch.manual_seed(0)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=COUNT, **options)
+    return get_peft_model(build(family, "CAUSAL_LM"), config).eval()
+
+
+INSIDE = {"llama": {"placement": "after_bos"}, "bloom": {"placement": "after_bos"}, "lfm2": {}, "qwen3_next": {}}
+
+
+@pytest.mark.parametrize("kind", ["static", "none", "own"])
+@pytest.mark.parametrize("family", INSIDE)
+def test_prompts_inside_the_rows_on_other_caches(family: str, kind: str) -> None:
+    model, batch = inside(family, **INSIDE[family]), tiny.ragged(side="left")
+    expected = model.generate(**batch, **OPTIONS)
+    options: dict[str, Any] = {
+        "static": {"cache_implementation": "static"},
+        "none": {"use_cache": False},
+        "own": {"past_key_values": DynamicCache(config=model.get_base_model().config)},
+    }[kind]
+    assert torch.equal(model.generate(**batch, **{**OPTIONS, **options}), expected)
+
+
+@pytest.mark.parametrize("family", INSIDE)
+def test_what_would_count_ids_for_columns_is_refused(family: str) -> None:
+    model, ids = inside(family, **INSIDE[family]), ids_of()
+    config = transformers.GenerationConfig(prompt_lookup_num_tokens=3)
+    for options in (
+        {"prompt_lookup_num_tokens": 3},
+        {"generation_config": config},
+        {"assistant_model": build("llama", "CAUSAL_LM")},
+        {"prefill_chunk_size": 2},
+    ):
+        with pytest.raises(ConfigError, match=r"inside the rows, so generate cannot use .*leave it out"):
+            model.generate(ids, **OPTIONS, **options)
+
+
+# ---- compiled steps ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_steps_that_transformers_compiles(family: str) -> None:
+    """On a GPU it compiles the steps on a static cache of its own accord; a later call compiles nothing again."""
+    model, batch = make(family, "prefix"), tiny.ragged(side="left")
+    kind: Any = transformers.CompileConfig
+    compiling = kind(backend="eager", mode=None)
+    compiling._compile_all_devices = True  # on the CPU too
+    options = {**OPTIONS, "cache_implementation": "static", "compile_config": compiling}
+    expected = torch.cat([plain(model, row) for row in naive.rows(batch)])
+    assert torch.equal(model.generate(**batch, **options)[:, -NEW:], expected)
+    counters = torch._dynamo.utils.counters["stats"]
+    graphs = counters["unique_graphs"]
+    assert graphs > 0
+    assert torch.equal(model.generate(**batch, **options)[:, -NEW:], expected)
+    assert counters["unique_graphs"] == graphs
