@@ -343,12 +343,13 @@ def test_prompts_inside_the_rows_on_other_caches(family: str, kind: str) -> None
 def test_what_would_count_ids_for_columns_is_refused(family: str) -> None:
     model, ids = inside(family, **INSIDE[family]), ids_of()
     config = transformers.GenerationConfig(prompt_lookup_num_tokens=3)
-    for options in (
+    refused: list[dict[str, Any]] = [
         {"prompt_lookup_num_tokens": 3},
         {"generation_config": config},
         {"assistant_model": build("llama", "CAUSAL_LM")},
         {"prefill_chunk_size": 2},
-    ):
+    ]
+    for options in refused:
         with pytest.raises(ConfigError, match=r"inside the rows, so generate cannot use .*leave it out"):
             model.generate(ids, **OPTIONS, **options)
 
