@@ -21,6 +21,7 @@ class TaskData:
     input_column: str | None = None
     target_column: str | None = None
     train_limit: int | None = None
+    only: str | None = None
 
 
 def task_data(recipe: Recipe) -> dict[str, TaskData]:
@@ -53,15 +54,17 @@ def check_tasks(recipe: Recipe) -> None:
     task_data(recipe)
     if len(recipe.tasks) == 1:
         raise ConfigError(f"tasks holds only {next(iter(recipe.tasks))}; give at least two, or `train` for one task")
-    for name in ("train", "eval", "template", "input_column", "target_column", "train_limit", "source"):
+    for name in ("train", "eval", "template", "input_column", "target_column", "train_limit", "only", "source"):
         if recipe.tasks and getattr(recipe, name):
             raise ConfigError(f"both tasks and {name} are set; give {name} to each task, or train a single task")
-    if recipe.tasks and recipe.task == "SEQ_CLS":
-        raise ConfigError("several tasks have no common classes; use task: CAUSAL_LM and write labels as words")
+    if recipe.tasks and recipe.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        raise ConfigError(f"several tasks have no common classes; leave task: {recipe.task} out, write labels as words")
     if not recipe.tasks and (recipe.teachers or recipe.teacher):
         raise ConfigError("teachers are for several tasks; give `tasks`, or leave teachers and teacher out")
     if recipe.teachers and recipe.teacher:
         raise ConfigError(f"teachers are there already, in {recipe.teachers}; leave `teacher` out, or train new ones")
+    if recipe.source and recipe.init not in (None, "random"):
+        raise ConfigError(f"both source and init: {recipe.init} say where the prompt starts; give one of them")
     if recipe.source_task and not recipe.source:
         raise ConfigError(f"source_task is {recipe.source_task!r} but source is not set; give the folder to start from")
 

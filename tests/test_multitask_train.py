@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import families
 import peft
 import pytest
 import tiny
@@ -194,6 +195,15 @@ def _console() -> Any:
     return Console(quiet=True)
 
 
+def test_encoder_decoders_learn_several_tasks(workplace: Path, tmp_path: Path) -> None:
+    families.build("t5", "SEQ_2_SEQ_LM").save_pretrained(tmp_path / "t5")
+    tiny.tokenizer().save_pretrained(tmp_path / "t5")
+    changes = {"model": str(tmp_path / "t5"), "task": "SEQ_2_SEQ_LM", "samples": 1}
+    result = train(recipe(workplace, tmp_path / "run", **changes))
+    assert result.best["loss"] < result.start["loss"] - 0.05
+    assert rows_of(tmp_path / "run")[1]["teacher_kl"] > 0
+
+
 # ---- targets ---------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +345,10 @@ def test_the_command_trains_from_a_recipe(workplace: Path, tmp_path: Path, capsy
         ({"template": "{a} {b}"}, "both tasks and template are set"),
         ({"source": "x"}, "both tasks and source are set"),
         ({"task": "SEQ_CLS"}, "several tasks have no common classes"),
+        (
+            {"tasks": None, "teacher": None, "train": "x", "source": "y", "init": "examples"},
+            "say where the prompt starts",
+        ),
         ({"teachers": "x"}, "leave `teacher` out"),
         ({"tasks": None}, "teachers are for several tasks"),
         ({"tasks": None, "teacher": None, "source_task": "mat"}, "source is not set"),

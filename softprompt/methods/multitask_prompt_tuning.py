@@ -77,6 +77,7 @@ class MultitaskPromptTuningConfig(EmbeddingConfig):
         if self.inference_mode:
             init = MultitaskPromptTuningInit.RANDOM if init.from_source else init
             self._set("prompt_tuning_init_state_dict_path", None)
+            self._set("prompt_tuning_init_task", 0)
         self._set("prompt_tuning_init", init)
         if init.from_source and not self.prompt_tuning_init_state_dict_path:
             raise ConfigError(

@@ -100,11 +100,14 @@ class Distillation:
         with torch.no_grad(), evaluating(self.teachers):
             told = self.teachers(**batch, output_hidden_states=True)
         said = model(**batch, output_hidden_states=True)
-        answers = batch["labels"][:, 1:] != IGNORED
-        apart = divergence(said.logits[:, :-1][answers], told.logits[:, :-1][answers], self.temperature)
-        tokens = batch["attention_mask"].bool()
-        pairs = zip(said.hidden_states[1:], told.hidden_states[1:], strict=True)
-        distance = torch.stack([relative_distance(own[tokens], theirs[tokens]) for own, theirs in pairs]).mean()
+        answers, tokens, states = batch["labels"] != IGNORED, batch["attention_mask"].bool(), "hidden_states"
+        if model.geometry.encoder_decoder:  # whose decoder has a position for each token it writes
+            tokens, states, own, theirs = answers, "decoder_hidden_states", said.logits, told.logits
+        else:
+            answers, own, theirs = answers[:, 1:], said.logits[:, :-1], told.logits[:, :-1]
+        apart = divergence(own[answers], theirs[answers], self.temperature)
+        pairs = zip(said[states][1:], told[states][1:], strict=True)
+        distance = torch.stack([relative_distance(one[tokens], other[tokens]) for one, other in pairs]).mean()
         loss = said.loss + self.weight * (apart + distance)
         parts = {"task_loss": said.loss, "teacher_kl": apart, "teacher_distance": distance}
         return loss, {name: float(value.detach()) for name, value in parts.items()}

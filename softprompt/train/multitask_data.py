@@ -34,8 +34,8 @@ class TaskSource(Source):
         found = cls([], [], list(recipe.tasks))
         for number, data in enumerate(task_data(recipe).values()):
             columns = (data.template, data.input_column, data.target_column)
-            train = expand(load_examples(data.train, *columns, limit=data.train_limit))
-            held_out = load_examples(data.eval, *columns, split="validation") if data.eval else []
+            train = expand(load_examples(data.train, *columns, limit=data.train_limit, only=data.only))
+            held_out = load_examples(data.eval, *columns, split="validation", only=data.only) if data.eval else []
             found.train += [replace(example, task=number) for example in train]
             found.held_out += [replace(example, task=number) for example in held_out]
         return found
