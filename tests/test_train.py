@@ -160,6 +160,27 @@ def test_resumed_equals_uninterrupted_bit_for_bit(workplace: Path, tmp_path: Pat
     assert (resumed.best, resumed.best_step) == (straight.best, straight.best_step)
 
 
+@pytest.mark.parametrize("method", ["cartridge", "cpt"])
+def test_what_a_method_does_not_train_is_there_again(workplace: Path, tmp_path: Path, method: str) -> None:
+    text = "the cat sat on the mat and the dog ran to the red house by the river while it rained all night long"
+    options = {
+        "method": method,
+        "init": "text",
+        "init_text": text,
+        "num_virtual_tokens": 5,
+        "steps": 6,
+        "save_steps": 2,
+    }
+    straight = train(recipe(workplace, tmp_path / "straight", **options))
+    stopped = recipe(workplace, tmp_path / "stopped", **options)
+    with pytest.raises(RunInterrupted):
+        train(stopped, on_step=StopAfter(3, signal.SIGINT))
+    resumed = train(stopped, resume=True)
+    assert rows_of(resumed.folder) == rows_of(straight.folder)
+    ours, theirs = (load_file(each.folder / "adapter_model.safetensors") for each in (resumed, straight))
+    assert torch.equal(ours["prompt_embeddings"], theirs["prompt_embeddings"])
+
+
 def test_resume_after_a_crash_goes_back_to_the_last_saved_state(workplace: Path, tmp_path: Path) -> None:
     class Crash(Exception):
         pass

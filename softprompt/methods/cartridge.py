@@ -124,7 +124,7 @@ class CartridgeEncoder(KVPrompt):
     @torch.no_grad()
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
         """Copy a flat prefix `[n, width]` into the table, frozen rows included. ConfigError for another shape."""
-        expected = (self.config.num_virtual_tokens, self.config.prefix_width)
+        expected = (self.embedding.num_embeddings, self.embedding.frozen.shape[1])
         if tuple(prompt_embeddings.shape) != expected:
             raise ConfigError(
                 f"Invalid `prompt_embeddings` shape. Expected {expected}, got {tuple(prompt_embeddings.shape)}."

@@ -90,6 +90,7 @@ class Trainer:
         self.console = console
         self.progress = Progress()
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.fixed = dict(model.prompt_encoder.named_buffers())  # what a prompt started with and does not train
         self.optimizer = build_optimizer(recipe, model, self.trainable)
         self.objective = objective
         self.order = _order(recipe, data)
@@ -245,6 +246,7 @@ class Trainer:
             {
                 "progress": vars(self.progress),
                 "trainable": {name: parameter.detach().cpu() for name, parameter in self.trainable.items()},
+                "fixed": {name: buffer.cpu() for name, buffer in self.fixed.items()},
                 "optimizer": self.optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
                 "cuda_rng": devices,
@@ -270,12 +272,12 @@ class Trainer:
                 f"the data of the run in {self.folder.path} has changed since it was saved; resume with the same "
                 "files, or start a new run in another `out`"
             )
-        shapes = {name: tuple(value.shape) for name, value in state["trainable"].items()}
-        if shapes != {name: tuple(parameter.shape) for name, parameter in self.trainable.items()}:
+        stored, own = {**state["trainable"], **state.get("fixed", {})}, {**self.trainable, **self.fixed}
+        if {name: tuple(each.shape) for name, each in stored.items()} != {n: tuple(e.shape) for n, e in own.items()}:
             raise ConfigError(f"the state in {self.folder.path} belongs to another model or method; start a new run")
         with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(state["trainable"][name])
+            for name, each in own.items():
+                each.copy_(stored[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
         torch.set_rng_state(state["rng"])
