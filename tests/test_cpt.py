@@ -359,6 +359,7 @@ def test_defaults_and_parameters_of_peft() -> None:
         ({"cpt_mask": [1] * 11 + [0]}, "padding"),
         ({"cpt_token_ids": [-1] * P}, "whole numbers"),
         ({"cpt_token_ids": [1.5] * P}, "whole numbers"),
+        ({"cpt_tokens_type_mask": [10**30] * P}, "whole numbers"),
         ({"cpt_token_ids": [], "cpt_tokens_type_mask": []}, "num_virtual_tokens"),
         ({"opt_weighted_loss_type": "linear"}, "none or decay"),
         ({"opt_loss_decay_factor": -1.0}, "opt_loss_decay_factor"),

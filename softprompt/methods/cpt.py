@@ -19,6 +19,7 @@ from softprompt.geometry import Geometry
 from softprompt.prompt import Context, EmbeddingPrompt, Embeddings, need_count
 
 WEIGHTED_LOSSES = ("none", "decay")
+MOST = 10_000_000  # no vocabulary and no context comes near
 REFERENCE_WIDTH = 2048  # the model width that the radii are given for
 
 
@@ -87,8 +88,9 @@ class CPTConfig(EmbeddingConfig):
             self._set(name, [1] * count) if getattr(self, name) is None else None
         for name in ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask"):
             values = getattr(self, name)
-            if any(type(value) is not int or value < 0 for value in values):
-                raise ConfigError(f"{name} holds {values}; its entries are whole numbers from 0 up.")
+            wrong = [value for value in values if type(value) is not int or not 0 <= value < MOST]
+            if wrong:
+                raise ConfigError(f"{name} holds {str(wrong[0])[:20]}; its entries are whole numbers from 0 to {MOST}.")
             if len(values) != count:
                 raise ConfigError(f"{name} has {len(values)} entries, cpt_token_ids has {count}; give one per token.")
         if not self.inference_mode and 0 in (self.cpt_mask or []):
