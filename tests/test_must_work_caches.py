@@ -108,7 +108,8 @@ def rounding(kind: str, model: SoftPromptModel) -> Any:
         pytest.skip("this version of transformers has no fp8 cache")
     if kind != "fp8":
         pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[kind])
-    return QuantizedCache(backend=kind, config=model.get_base_model().config)
+    groups = {} if kind == "fp8" else {"q_group_size": 8}  # as wide as the tiny models' heads
+    return QuantizedCache(backend=kind, config=model.get_base_model().config, **groups)
 
 
 @pytest.mark.parametrize("kind", ["own", "fp8", "quanto", "hqq"])
