@@ -162,21 +162,31 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         assert isinstance(encoder, SoftPrompt)
         return encoder
 
-    def prompt_vectors(self, adapter_name: str | None = None) -> Tensor | None:
-        """The virtual tokens in input space, detached, `[n, d]`; None for methods whose prompt is keys and values."""
+    @torch.no_grad()
+    def prompt_vectors(self, adapter_name: str | None = None, task: int | None = None) -> Tensor | None:
+        """The virtual tokens in input space, detached, `[n, d]`; None for methods whose prompt is keys and values.
+
+        Of a prompt of several tasks those of one, or, without `task`, the table that all of them share.
+        """
         encoder = self.encoder(adapter_name)
-        return encoder.saved_vectors() if isinstance(encoder, EmbeddingPrompt) else None
+        if not isinstance(encoder, EmbeddingPrompt):
+            return None
+        if task is None and encoder.num_tasks > 1:
+            return encoder.saved_vectors()
+        with _evaluating(encoder):
+            return encoder.prompt(None if task is None else torch.tensor([task])).vectors[0].detach().clone()
 
     @torch.no_grad()
-    def fold(self, adapter_name: str | None = None) -> KV:
+    def fold(self, adapter_name: str | None = None, task: int | None = None) -> KV:
         """The adapter's prompt as keys and values per layer, `[1, h, p, k]` each, in its type and without gradient.
 
-        Raises UnsupportedError on models that are not causal, where a prompt depends on the row behind it.
+        `task` is the one that is meant of a prompt of several. Raises UnsupportedError on models that are not causal, where a prompt depends on the row behind it.
         """
         encoder = self.encoder(adapter_name)
         own = word_table(self.base_model)
         with _evaluating(encoder), _evaluating(self.base_model):
-            return self._run(encoder, encoder.prompt(), slots=None, fold=True).as_kv().map(lambda part: part.to(own))
+            prompt = encoder.prompt(None if task is None else torch.tensor([task]))
+            return self._run(encoder, prompt, slots=None, fold=True).as_kv().map(lambda part: part.to(own))
 
     def _run(self, encoder: SoftPrompt, prompt: Embeddings | KV, slots: Tensor | None, fold: bool = False) -> Run:
         if fold and isinstance(encoder.config, EmbeddingConfig):

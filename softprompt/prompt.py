@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.config import KVConfig, PromptConfig, TaskType
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.geometry import Geometry
 from softprompt.pairs import dealt, twice
 
@@ -188,6 +188,7 @@ class SoftPrompt(nn.Module, ABC):
 
     config: PromptConfig
     embedding: nn.Embedding
+    num_tasks: int = 1
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -277,6 +278,8 @@ class EmbeddingPrompt(SoftPrompt):
 
     @classmethod
     def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
+        if geometry.no_vectors:
+            raise UnsupportedError(f"{geometry.no_vectors}; use prefix_tuning.")
         return _filled(config, token_dim=geometry.hidden_size, num_layers=len(geometry.layers) or None,
                        num_attention_heads=geometry.query_heads or None)  # fmt: skip
 

@@ -132,6 +132,20 @@ def test_generation_of_a_mixed_batch_is_that_of_single_rows(cell: Cell, beams: i
                 assert torch.equal(single, plain(written, row.ids[None], 5, **row.of_task))
 
 
+def test_vectors_are_those_of_the_task_or_what_all_share() -> None:
+    several, one = multitask(CELLS[0]), multitask(CELLS[0], num_tasks=1)
+    for task in range(TASKS):
+        vectors = several.prompt_vectors(task=task)
+        assert vectors is not None
+        torch.testing.assert_close(vectors, Written(several).prompt(torch.tensor([task])).vectors[0])
+    shared, alone = several.prompt_vectors(), one.prompt_vectors()
+    assert shared is not None and torch.equal(shared, encoder_of(several).embedding.weight)
+    assert alone is not None and torch.equal(alone, encoder_of(one).task_vectors())
+    assert not torch.equal(alone, encoder_of(one).embedding.weight)
+    with pytest.raises(ConfigError, match="name task 3"):
+        several.prompt_vectors(task=3)
+
+
 def test_rows_of_different_tasks_differ() -> None:
     model, batch = multitask(CELLS[0]), tiny.ragged()
     with torch.no_grad():

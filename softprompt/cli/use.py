@@ -34,7 +34,7 @@ from softprompt.methods import PrefixTuningConfig
 from softprompt.prompt import KV
 from softprompt.recipe import Recipe, did_you_mean
 from softprompt.report.nearest import nearest_tokens
-from softprompt.task_prompts import fold_task, task_prompt
+from softprompt.task_prompts import fold_task
 from softprompt.template import Template
 
 Scores = dict[str, dict[str, float]]
@@ -239,11 +239,7 @@ def _folded(prompt: Path, model: str | None, task: str | None) -> KV:
     if kv is not None:
         return kv
     opened = open_prompted(prompt, model, task=task)
-    if opened.task is not None:
-        alone = task_prompt(saved, task)
-        opened.model.add_adapter("task", alone.config)
-        opened.model.encoder("task").load_saved(alone.tensors)
-    return opened.model.fold("task" if opened.task is not None else None)
+    return opened.model.fold(task=opened.task)
 
 
 def _prefix_config(prompt: Path, kv: KV) -> PrefixTuningConfig:
