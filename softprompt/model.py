@@ -180,7 +180,8 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
     def fold(self, adapter_name: str | None = None, task: int | None = None) -> KV:
         """The adapter's prompt as keys and values per layer, `[1, h, p, k]` each, in its type and without gradient.
 
-        `task` is the one that is meant of a prompt of several. Raises UnsupportedError on models that are not causal, where a prompt depends on the row behind it.
+        `task` is the one that is meant of a prompt of several. Raises UnsupportedError on models that are not causal,
+        where a prompt depends on the row behind it.
         """
         encoder = self.encoder(adapter_name)
         own = word_table(self.base_model)
