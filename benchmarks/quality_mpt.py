@@ -56,7 +56,7 @@ from softprompt.train.optimizers import build_optimizer
 from softprompt.train.run_data import starting_text
 
 GRID_SHOTS, GRID_DRAW = 32, 99
-PEFT_SOURCE = [("RANDOM", 0.1), ("RANDOM", 0.3), ("TEXT", 0.3)]
+PEFT_SOURCE = [("RANDOM", 0.1), ("RANDOM", 0.3), ("RANDOM", 1.0), ("TEXT", 0.3)]
 PEFT_GRID_STEPS = 60
 
 
