@@ -228,6 +228,9 @@ def test_common_words_are_drawn_without_replacement(tokenizer_folder: str) -> No
     base.save_pretrained(tokenizer_folder)  # the tokenizer beside the base model serves as well
     named = type(base).from_pretrained(tokenizer_folder)
     assert started(named, num_virtual_tokens=3, prompt_tuning_init="COMMON_VOCAB").shape == (3, 32)
+    options_of_labels = {"prompt_tuning_init": "CLASS_LABELS", "class_labels": ["the"]}
+    first = started(named, num_virtual_tokens=3, **options_of_labels)[0]
+    torch.testing.assert_close(first, table[tiny.tokenizer()("the")["input_ids"]].mean(0))
     with pytest.raises(ConfigError, match=r"31 virtual tokens.*30 common tokens.*common_vocab_size"):
         started(base, num_virtual_tokens=31, tokenizer_name_or_path=tokenizer_folder, **options)
 

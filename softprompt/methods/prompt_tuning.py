@@ -42,9 +42,9 @@ class PromptTuningInit(str, Enum):
 class PromptTuningConfig(EmbeddingConfig):
     """Prompt tuning's choices.
 
-    `TEXT` and `CLASS_LABELS` tokenise with `tokenizer_name_or_path`; text is cut or repeated to p tokens. What class
-    labels leave open, and all of `COMMON_VOCAB`, is drawn from the `common_vocab_size` first ordinary tokens of the
-    vocabulary (of that tokenizer, else of the base model's), which tokenizers keep in order of frequency.
+    `TEXT` tokenises with `tokenizer_name_or_path`, the other starts too where it is set, else with the base model's;
+    text is cut or repeated to p tokens. What class labels leave open, and all of `COMMON_VOCAB`, is drawn from the
+    `common_vocab_size` first ordinary tokens of the vocabulary, which tokenizers keep in order of frequency.
     """
 
     PEFT_TYPE = "PROMPT_TUNING"
@@ -66,12 +66,14 @@ class PromptTuningConfig(EmbeddingConfig):
         self._set("prompt_tuning_init", init)
         if "trust_remote_code" in (self.tokenizer_kwargs or {}):
             raise ConfigError("tokenizer_kwargs may not hold 'trust_remote_code': a prompt never runs code; remove it.")
-        needs = {PromptTuningInit.TEXT: "prompt_tuning_init_text", PromptTuningInit.CLASS_LABELS: "class_labels"}
-        if init in needs:
-            for name in (needs[init], "tokenizer_name_or_path"):
-                if not getattr(self, name):
-                    raise ConfigError(f"prompt_tuning_init={init.value!r} needs {name}, which is not set.")
-        elif self.tokenizer_kwargs:
+        needs = {
+            PromptTuningInit.TEXT: ("prompt_tuning_init_text", "tokenizer_name_or_path"),  # as in PEFT
+            PromptTuningInit.CLASS_LABELS: ("class_labels",),
+        }
+        for name in needs.get(init, ()):
+            if not getattr(self, name):
+                raise ConfigError(f"prompt_tuning_init={init.value!r} needs {name}, which is not set.")
+        if init not in needs and self.tokenizer_kwargs:
             raise ConfigError("tokenizer_kwargs is only used with prompt_tuning_init='TEXT' or 'CLASS_LABELS'.")
 
 
