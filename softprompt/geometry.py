@@ -39,6 +39,8 @@ class Geometry:
     encoder_layers: tuple[LayerShape, ...] = ()
     no_prefix: str = ""
     """Why keys and values cannot reach this model, if they cannot."""
+    no_vectors: str = ""
+    """Why vectors cannot stand in its input, if they cannot."""
 
     def prefix_layers(self, config: KVConfig) -> tuple[LayerShape, ...]:
         """The attention layers a prefix reaches: decoder (or only) self-attention, cross-attention, encoder.

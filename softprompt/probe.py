@@ -57,12 +57,16 @@ def probe(door: Door) -> Geometry:
     with evaluating(base):
         first, hidden = record(door, {"input_ids": ids})
         door.bind(first.modules, [], [])
+        if isinstance(door, AttentionDoor):
+            door.sharing = first.sharing
         if not first.modules:  # the door now leaves the model alone
             _, hidden = record(door, {"input_ids": ids})
         _, other = record(door, {"input_ids": ids[:, [0, 0]]})
     causal = _same(hidden[0, 0], other[0, 0])
-    foldable = causal and not base._is_stateful and len(first.modules) >= _number_of_layers(base)
-    geometry = _geometry(door, first, causal=causal, foldable=foldable, no_prefix=_no_prefix(base, first, causal))
+    attending = len(first.modules) + len(first.sharing)
+    foldable = causal and not base._is_stateful and attending >= _number_of_layers(base)
+    reasons = {"no_prefix": _no_prefix(base, first, causal), "no_vectors": _no_vectors(base, ids)}
+    geometry = _geometry(door, first, causal=causal, foldable=foldable, **reasons)
     _check_positions(door, geometry)
     return geometry
 
@@ -125,6 +129,17 @@ def _no_prefix(base: PreTrainedModel, found: Recording, causal: bool) -> str:
     if causal and base._is_stateful:
         return f"{type(base).__name__} has a state instead of attention, so keys and values cannot reach it"
     return f"{type(base).__name__} does not attend through transformers' AttentionInterface"
+
+
+def _no_vectors(base: PreTrainedModel, ids: Tensor) -> str:
+    """Why no vectors can stand in this model's input: Gemma 4's smaller ones look the ids up again in every layer."""
+    vectors = 1.5 * base.get_input_embeddings()(ids)  # no words
+    try:
+        with evaluating(base):
+            base.base_model(inputs_embeds=vectors, use_cache=False)
+    except (RuntimeError, ValueError, TypeError):
+        return f"{type(base).__name__} takes no vectors in place of words"
+    return ""
 
 
 def _check_positions(door: Door, geometry: Geometry) -> None:

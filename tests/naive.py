@@ -104,6 +104,7 @@ def in_cache(base: PreTrainedModel, prefix: KV) -> DynamicCache:
     config = base.config.get_text_config(decoder=True)
     cache = DynamicCache(config=config)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(prefix.layers)
+    kinds = kinds[: len(kinds) - getattr(config, "num_kv_shared_layers", 0)]  # the last ones read earlier ones' cache
     attending = [index for index, kind in enumerate(kinds) if kind.endswith("attention") and "linear" not in kind]
     for index, (key, value) in zip(attending, prefix.layers, strict=True):
         cache.update(key, value, index)

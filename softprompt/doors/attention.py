@@ -31,14 +31,22 @@ _PREFIX = "softprompt_"
 
 @dataclass
 class Recording:
-    """Keys and values as each attention layer used them, in the order the layers ran."""
+    """Keys and values as each attention layer used them, in the order the layers ran.
+
+    `sharing` are layers that use those of an earlier one, by that one; they have none of their own.
+    """
 
     modules: list[nn.Module] = field(default_factory=list)
+    sharing: dict[nn.Module, nn.Module] = field(default_factory=dict)
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     windows: list[int | None] = field(default_factory=list)
     queries: list[int] = field(default_factory=list)
 
     def add(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> None:
+        for other, (known, _) in zip(self.modules, self.layers, strict=True):
+            if known is key:
+                self.sharing[module] = other
+                return
         self.modules.append(module)
         self.layers.append((key, value))
         self.windows.append(window)
@@ -60,6 +68,7 @@ class Opening:
     positions: Tensor | None = None
     seen: Any = 0
     generating: bool = False
+    sharing: bool = False
 
 
 _OPENING: ContextVar[Opening | None] = ContextVar("softprompt_opening", default=None)
@@ -78,6 +87,7 @@ class AttentionDoor:
     def __init__(self, base: PreTrainedModel) -> None:
         self.base = base
         self.modules: tuple[list[nn.Module], list[nn.Module], list[nn.Module]] = ([], [], [])
+        self.sharing: dict[nn.Module, nn.Module] = {}
         self.tables: dict[nn.Module, Any] = {}
         self.encoder_decoder = is_encoder_decoder(base)
         self.text = text_decoder(base)
@@ -104,7 +114,9 @@ class AttentionDoor:
 
         `generating`: positions that come along are not the caller's but those of transformers' `generate`.
         """
-        opening = Opening(prefix, self._pairs(prefix), self.tables, recording, generating=generating)
+        opening = Opening(
+            prefix, self._pairs(prefix), self.tables, recording, generating=generating, sharing=bool(self.sharing)
+        )
         with ExitStack() as stack:
             stack.enter_context(self._active(opening))
             stack.callback(self._checkpointing(opening, direct=recording is not None))
@@ -119,11 +131,12 @@ class AttentionDoor:
         if prefix is None:
             return {}
         parts = (prefix.layers, prefix.cross, prefix.encoder)
-        return {
+        found = {
             module: pair
             for modules, pairs in zip(self.modules, parts, strict=True)
             for module, pair in zip(modules, pairs, strict=bool(pairs))
         }
+        return found | {module: found[other] for module, other in self.sharing.items() if other in found}
 
     def _position_hooks(self, opening: Opening, shift: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """What moves real tokens behind the prefix: positions given to the model, or read by its decoder."""
@@ -297,9 +310,19 @@ def _wrapped(name: str | None) -> str:
         )
     wrapped = _PREFIX + backend
     if wrapped not in AttentionInterface._global_mapping:
-        AttentionMaskInterface.register(wrapped, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+        AttentionMaskInterface.register(wrapped, _mask_for(ALL_MASK_ATTENTION_FUNCTIONS[backend]))
         AttentionInterface.register(wrapped, _attention_through(backend))
     return wrapped
+
+
+def _mask_for(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend's mask function. Layers that share keys may get the last queries alone, which only a mask can tell."""
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        opening = _OPENING.get()
+        return plain(*args, **(kwargs | {"allow_is_causal_skip": False} if opening and opening.sharing else kwargs))
+
+    return mask
 
 
 def _attention_through(backend: str) -> Callable[..., Any]:

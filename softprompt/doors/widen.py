@@ -46,7 +46,7 @@ def widen(
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
     seen: Tensor | None = None
     if window is not None and positions is not None:
-        distance = positions[:, None, :, None] - torch.arange(length, device=positions.device)
+        distance = positions[:, None, -rows:, None] - torch.arange(length, device=positions.device)
         seen = distance < window
     if mask is None:
         if seen is None:
