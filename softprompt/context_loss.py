@@ -1,7 +1,7 @@
 """The loss of a prompt that is itself a text with answers: the row's labels, and the answers in the prompt.
 
 L = 1/N · Σ w_i · CE(x_i), over the N label tokens of all rows, those in the prompt counted in each row; w = γ^j for the
-j-th answer from the end, the row's own being the last (CPT, https://arxiv.org/abs/2410.17222, section 3.3).
+j-th answer from the end, the row's own being the last (CPT, https://arxiv.org/abs/2410.17222).
 """
 
 from collections.abc import Iterator

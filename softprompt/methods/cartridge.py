@@ -1,7 +1,7 @@
 """Cartridge: Lightweight and general-purpose long context representations via self-study, https://arxiv.org/abs/2506.06266
 
-A cartridge is a trained cache: every layer's keys and values of p tokens, Z = (z_1 … z_p) with z_i ∈ R^{2×d} per layer
-(section 3.2), usually started from the cache of a text's first p tokens. The first ones stay as they were started:
+A cartridge is a trained cache: every layer's keys and values of p tokens, Z = (z_1 … z_p) with z_i ∈ R^{2×d} per
+layer, usually started from the cache of a text's first p tokens. The first ones stay as they were started:
 they are what attention falls back on, and training them is unstable. Cartridges are composed by `softprompt.compose`.
 """
 

@@ -1,8 +1,8 @@
 """CPT: Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods, https://arxiv.org/abs/2410.17222
 
 The prompt is a context of labelled examples, e_i + δ_i, whose word embeddings e_i stay and whose δ_i are trained by
-projected gradient descent, ‖δ_i‖ ≤ ε of the token's kind (section 3.4): input and template tokens move, label tokens do
-not. The loss also counts the context's labels, those of the j-th answer from the end weighted by γ^j (section 3.3).
+projected gradient descent, ‖δ_i‖ ≤ ε of the token's kind: input and template tokens move, label tokens do not. The loss
+also counts the context's labels, those of the j-th answer from the end weighted by γ^j.
 """
 
 import math
