@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from softprompt.config import PromptConfig, TaskType
 from softprompt.errors import CheckpointError, ConfigError
-from softprompt.stacking import in_use
+from softprompt.stacking import trained_by_peft
 
 _HEADS_OF_TASK = {
     TaskType.SEQ_CLS: ["classifier", "score"],
@@ -37,11 +37,14 @@ class Heads(nn.Module):
         found = nn.ModuleDict()
         for path in self.paths(config):
             original = self.__dict__["originals"].setdefault(path, base.get_submodule(path))
-            found[path.replace(".", "/")] = copy.deepcopy(in_use(original))
+            found[path.replace(".", "/")] = copy.deepcopy(original)
         self.copies[adapter] = found
 
     def paths(self, config: PromptConfig) -> list[str]:
-        """The paths in the base model of the modules that a config asks to save."""
+        """The paths in the base model of the modules that a config asks to save.
+
+        A head that PEFT trains beside LoRA stays PEFT's, to train and to save.
+        """
         base: PreTrainedModel = self.__dict__["base"]
         all_paths = [path for path, _ in base.named_modules() if path]
         paths: list[str] = []
@@ -49,7 +52,8 @@ class Heads(nn.Module):
             matching = [path for path in all_paths if path == wanted or path.endswith(f".{wanted}")]
             if not matching and wanted not in default_heads(config):
                 raise ConfigError(f"modules_to_save names {wanted!r}, but {type(base).__name__} has no such module.")
-            paths += [path for path in matching if path not in paths]
+            own = [path for path in matching if not trained_by_peft(base.get_submodule(path))]
+            paths += [path for path in own if path not in paths]
         return paths
 
     def use(self, adapter: str | None) -> None:
@@ -82,7 +86,7 @@ class Heads(nn.Module):
         needed = {
             f"base_model.{path}.{name}": tensor
             for path in self.paths(config)
-            for name, tensor in in_use(base.get_submodule(path)).state_dict().items()
+            for name, tensor in base.get_submodule(path).state_dict().items()
         }
         given = {name: tensor for name, tensor in saved.items() if name.startswith("base_model.")}
         for name in sorted(needed.keys() ^ given.keys()):

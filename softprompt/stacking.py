@@ -42,10 +42,7 @@ def freeze(model: nn.Module) -> None:
         model.requires_grad_(False)
 
 
-def in_use(module: nn.Module) -> nn.Module:
-    """A module of the base model; of a head that PEFT trains beside its adapters, the copy that is active."""
+def trained_by_peft(module: nn.Module) -> bool:
+    """Whether this is a head that PEFT trains and saves beside its adapters."""
     other = sys.modules.get("peft.utils.other")
-    if other is None or not isinstance(module, other.ModulesToSaveWrapper):
-        return module
-    wrapper: Any = module
-    return wrapper.modules_to_save[wrapper.active_adapters[0]] if wrapper.active_adapters else wrapper.original_module
+    return other is not None and isinstance(module, other.ModulesToSaveWrapper)

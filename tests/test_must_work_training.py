@@ -16,11 +16,13 @@ import tiny
 import torch
 from conformance import Cell
 from families import FAMILIES, build
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softprompt import (
     METHODS,
+    CheckpointError,
     PrefixTuningConfig,
     PromptTuningConfig,
     SoftPromptModel,
@@ -276,7 +278,7 @@ def test_a_prompt_on_a_lora_model_trains_with_it(cell: Cell, how: str) -> None:
 
 @pytest.mark.parametrize("cell", combinations(("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS")), ids=str)
 def test_a_prompt_on_a_lora_model_is_saved_alone(cell: Cell, tmp_path: Path) -> None:
-    """And loads on the LoRA model again; on the model without LoRA it is another model, of course."""
+    """And loads on the LoRA model again; without LoRA and the head beside it, it is another model, of course."""
     family = cell.family
     torch.manual_seed(1)
     model = get_peft_model(lora(family, "wrapped"), cell.config()).eval()
@@ -285,9 +287,31 @@ def test_a_prompt_on_a_lora_model_is_saved_alone(cell: Cell, tmp_path: Path) -> 
     expected = model(**batch).logits
     loaded = SoftPromptModel.from_pretrained(lora(family, "wrapped"), tmp_path)
     torch.testing.assert_close(loaded(**batch).logits, expected, atol=1e-6, rtol=1e-6)
-    elsewhere = SoftPromptModel.from_pretrained(build(family, KIND[family]), tmp_path)
-    assert not torch.allclose(elsewhere(**batch).logits, expected, atol=1e-4)
+    if family == "llama":
+        elsewhere = SoftPromptModel.from_pretrained(build(family, KIND[family]), tmp_path)
+        assert not torch.allclose(elsewhere(**batch).logits, expected, atol=1e-4)
+    else:
+        with pytest.raises(CheckpointError, match="is missing from the saved prompt"):
+            SoftPromptModel.from_pretrained(build(family, KIND[family]), tmp_path)
     assert not any("lora" in name for name in model.state_dict())
+
+
+def test_a_head_that_peft_trains_stays_pefts(tmp_path: Path) -> None:
+    """It trains with the LoRA under any prompt, and PEFT saves it; the prompt's own file has none."""
+    under = lora("bert", "wrapped")
+    head = under.base_model.model.classifier
+    model = get_peft_model(under, PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=COUNT))
+    assert model.get_base_model().get_submodule("classifier") is head
+    assert all(each.requires_grad for each in head.modules_to_save.parameters())
+    model.save_pretrained(tmp_path / "prompt")
+    under.save_pretrained(tmp_path / "lora")
+    assert set(load_file(tmp_path / "prompt" / "adapter_model.safetensors")) == {"prompt_embeddings"}
+    assert any("classifier" in name for name in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
+    cell = Cell("prefix_tuning", "bert", "SEQ_CLS")
+    again = peft.PeftModel.from_pretrained(build("bert", "SEQ_CLS"), str(tmp_path / "lora"))
+    loaded = SoftPromptModel.from_pretrained(again, tmp_path / "prompt")
+    batch = conformance.collate(cell, conformance.rows(cell), "right")
+    torch.testing.assert_close(loaded(**batch).logits, model.eval()(**batch).logits, atol=1e-6, rtol=1e-6)
 
 
 def test_switching_lora_off_is_pefts_affair() -> None:
