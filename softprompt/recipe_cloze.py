@@ -34,7 +34,7 @@ def check_base_rate(recipe: Recipe) -> None:
     if recipe.base_learning_rate is None:
         return
     if recipe.task == "SEQ_CLS" or recipe.tasks or recipe.source:
-        raise ConfigError("base_learning_rate is for one task of kind CLOZE or CAUSAL_LM; leave it out")
+        raise ConfigError("base_learning_rate is for one task, and not with a classifier (SEQ_CLS); leave it out")
     if recipe.optimizer == "muon":
         raise ConfigError("base_learning_rate is set but optimizer is 'muon', which is for prompts; use adamw")
 

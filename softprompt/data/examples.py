@@ -59,8 +59,15 @@ def templated(row: Row, template: Template, with_target: bool = True) -> Example
 
 
 def without_slots(example: Example) -> Example:
-    """The example as the frozen model gets it, to compare with: no virtual tokens at all."""
-    return replace(example, pieces=tuple(piece for piece in example.pieces if not isinstance(piece, Slot)))
+    """The example as the frozen model gets it, to compare with: no virtual tokens, nor the blanks before them."""
+    kept: list[Words | Slot | Mark] = []
+    for piece in example.pieces:
+        if not isinstance(piece, Slot):
+            kept.append(piece)
+            continue
+        while kept and isinstance(last := kept[-1], Words) and last.text.endswith(" "):
+            kept[-1:] = [Words(last.text.rstrip(" "))] if last.text.strip(" ") else []
+    return replace(example, pieces=tuple(kept))
 
 
 def is_templated(text: str, template: Template) -> bool:

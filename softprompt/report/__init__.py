@@ -71,6 +71,8 @@ def tiles(recipe: Recipe, summary: Mapping[str, Any]) -> list[dict[str, str]]:
     best, start, frozen = summary["best"], summary["start"], summary["frozen"]
     if "accuracy" in best:
         found.append(_tile(f"{best['accuracy']:.1%}", "held-out accuracy", f"{start['accuracy']:.1%} before training"))
+    if "p_at_1" in best:
+        found.append(_tile(f"{best['p_at_1']:.1%}", "held-out P@1", f"{start['p_at_1']:.1%} before training"))
     if best:
         before = f"{frozen['loss']:.3f} by the frozen model" if frozen else f"{start['loss']:.3f} before training"
         found.append(_tile(f"{best['loss']:.3f}", "held-out loss", before))
@@ -98,6 +100,7 @@ def charts(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> lis
     wanted = [
         ("Loss", lines),
         ("Held-out accuracy", [Series("accuracy", _points(rows, "eval_accuracy"), "eval")]),
+        ("Held-out P@1", [Series("P@1", _points(rows, "eval_p_at_1"), "eval")]),
         ("Learning rate", [Series("learning rate", _points(rows, "lr"), "train")]),
         ("Gradient norm", [Series("gradient norm", smooth(_points(rows, "grad_norm"), 0.02), "train")]),
         ("Tokens per second", [Series("tokens per second", smooth(_points(rows, "tokens_per_s")), "train")]),

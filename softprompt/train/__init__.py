@@ -216,7 +216,7 @@ class Trainer:
     def _must_be_number(self, value: Tensor, what: str, step: int) -> None:
         if not bool(torch.isfinite(value)):
             raise TrainingError(
-                f"the {what} is {float(value)} at step {step}; lower learning_rate (now "
+                f"the {what} is {float(value.detach())} at step {step}; lower learning_rate (now "
                 f"{self.recipe.learning_rate:g}); the best prompt so far, of step {self.progress.best_step}, is kept "
                 f"in {self.folder.path}"
             )
