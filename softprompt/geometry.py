@@ -32,7 +32,6 @@ class Geometry:
     context: int | None
     learned_positions: bool
     position_offset: int
-    shared_layers: bool = False
     foldable: bool = True
     encoder_decoder: bool = False
     cross_layers: tuple[LayerShape, ...] = ()
@@ -45,15 +44,10 @@ class Geometry:
     def prefix_layers(self, config: KVConfig) -> tuple[LayerShape, ...]:
         """The attention layers a prefix reaches: decoder (or only) self-attention, cross-attention, encoder.
 
-        Raises UnsupportedError where layers cannot have a prefix each, ConfigError for parts the model does not have.
+        Raises UnsupportedError where nothing attends, ConfigError for parts the model does not have.
         """
         if self.no_prefix:
             raise UnsupportedError(f"{self.no_prefix}; use prompt_tuning or p_tuning.")
-        if self.shared_layers:
-            raise UnsupportedError(
-                "this model runs one attention layer several times, so its layers cannot have a prefix each; use "
-                "prompt_tuning or p_tuning."
-            )
         if not self.encoder_decoder and (config.cross_prefix or config.encoder_prefix or not config.decoder_prefix):
             raise ConfigError(
                 "decoder_prefix, cross_prefix and encoder_prefix choose between the attentions of an encoder-decoder, "

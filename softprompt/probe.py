@@ -113,7 +113,6 @@ def _geometry(door: Door, found: Recording, **facts: Any) -> Geometry:
         context=context,
         learned_positions=learned,
         position_offset=door.position_offset,
-        shared_layers=_repeats(found),
         **facts,
     )
 
@@ -145,21 +144,11 @@ def _no_vectors(base: PreTrainedModel, ids: Tensor) -> str:
 def _check_positions(door: Door, geometry: Geometry) -> None:
     """UnsupportedError where positions that follow the prompt are not all that it changes in a decoder."""
     kind = type(door.base).__name__
-    if geometry.causal and geometry.shared_layers:
-        raise UnsupportedError(
-            f"{kind} runs one attention layer several times, which keys and values cannot tell apart yet; use a model "
-            "whose layers are all different."
-        )
     if isinstance(door, AttentionDoor) and geometry.causal and geometry.layers and not door.takes_positions:
         raise UnsupportedError(
             f"{kind}.forward takes no position_ids, so real tokens cannot be moved behind a prompt; use a model that "
             "takes them, such as gpt2, llama, mistral, qwen, gemma, opt or gpt_neox."
         )
-
-
-def _repeats(recording: Recording) -> bool:
-    """Whether layers share one attention module, as in ALBERT."""
-    return len(set(recording.modules)) < len(recording.modules)
 
 
 def _same(first: Tensor, other: Tensor) -> bool:

@@ -215,7 +215,6 @@ FAMILIES: dict[str, Family] = {
         "encoder",
         hf.AlbertConfig,
         {**_ENCODER, "embedding_size": 16, "classifier_dropout_prob": 0.0},
-        no_keys="one attention layer several times",
     ),
     "distilbert": _known("distilbert", "encoder"),
     "electra": Family("encoder", hf.ElectraConfig, {**_ENCODER, "embedding_size": 16, "summary_last_dropout": 0.0}),

@@ -57,18 +57,29 @@ class Recording:
 class Opening:
     """One use of the door.
 
-    `pairs` has a prefix for each attention layer that gets one. `positions` are the true positions of the current
+    `pairs` has the prefixes of each attention layer that gets any: one, or one for each time that a model runs it, in
+    turn (`runs` counts). `positions` are the true positions of the current
     queries, `[B|1, T]`; `seen` is how many tokens an encoder-decoder's cache holds.
     """
 
     prefix: KV | None
-    pairs: dict[nn.Module, tuple[Tensor, Tensor]]
+    pairs: dict[nn.Module, list[tuple[Tensor, Tensor]]]
     tables: dict[nn.Module, Any]
     recording: Recording | None = None
     positions: Tensor | None = None
     seen: Any = 0
     generating: bool = False
     sharing: bool = False
+    runs: dict[nn.Module, int] = field(default_factory=dict)
+
+    def pair(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """The prefix of a layer that runs now."""
+        pairs = self.pairs.get(module)
+        if pairs is None:
+            return None
+        run = self.runs.get(module, 0)
+        self.runs[module] = run + 1
+        return pairs[run % len(pairs)]
 
 
 _OPENING: ContextVar[Opening | None] = ContextVar("softprompt_opening", default=None)
@@ -126,16 +137,14 @@ class AttentionDoor:
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
-    def _pairs(self, prefix: KV | None) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    def _pairs(self, prefix: KV | None) -> dict[nn.Module, list[tuple[Tensor, Tensor]]]:
         """Which layer gets which keys and values."""
         if prefix is None:
             return {}
-        parts = (prefix.layers, prefix.cross, prefix.encoder)
-        found = {
-            module: pair
-            for modules, pairs in zip(self.modules, parts, strict=True)
-            for module, pair in zip(modules, pairs, strict=bool(pairs))
-        }
+        parts, found = (prefix.layers, prefix.cross, prefix.encoder), {}
+        for modules, pairs in zip(self.modules, parts, strict=True):
+            for module, pair in zip(modules, pairs, strict=bool(pairs)):
+                found.setdefault(module, []).append(pair)
         return found | {module: found[other] for module, other in self.sharing.items() if other in found}
 
     def _position_hooks(self, opening: Opening, shift: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
@@ -271,13 +280,17 @@ class AttentionDoor:
         def checkpointed(layer: Callable[..., Any], *args: Any, **options: Any) -> Any:
             if _OPENING.get() is not opening:
                 return run(layer, *args, **options)
-            positions, seen = opening.positions, opening.seen
+            positions, seen, before = opening.positions, opening.seen, dict(opening.runs)
 
             def replay(*everything: Any) -> Any:
                 given, parts = everything[: len(args)], iter(everything[len(args) :])
                 again = None if prefix is None else prefix.map(lambda _: next(parts))
-                with self._active(Opening(again, self._pairs(again), self.tables, positions=positions, seen=seen)):
-                    return layer(*given)
+                inner = Opening(again, self._pairs(again), self.tables, positions=positions, seen=seen)
+                inner.runs = dict(before)
+                with self._active(inner):
+                    output = layer(*given)
+                opening.runs.update(inner.runs)
+                return output
 
             return run(replay, *args, *tensors, **options)
 
@@ -339,7 +352,7 @@ def _attention_through(backend: str) -> Callable[..., Any]:
         window = kwargs.get("sliding_window")
         if opening.recording is not None:
             opening.recording.add(module, query, key, value, window)
-        pair, prefix = opening.pairs.get(module), opening.prefix
+        pair, prefix = opening.pair(module), opening.prefix
         if pair is None or prefix is None:
             return plain(module, query, key, value, mask, **kwargs)
         length = pair[0].shape[2]
