@@ -1,4 +1,4 @@
-"""docs/support.md says what the conformance tests say."""
+"""docs/support.md says what the conformance tests say, on the versions in constraints.txt."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import families
+import transformers
 
 
 def generator(root: Path) -> ModuleType:
@@ -19,5 +20,7 @@ def generator(root: Path) -> ModuleType:
 
 def test_the_table_is_current(root: Path) -> None:
     written = (root / "docs" / "support.md").read_text(encoding="utf-8")
-    assert written == generator(root).document(), "run python scripts/make_support.py"
     assert all(f"\n| {name} |" in written for name in families.FAMILIES)
+    pinned = f"transformers=={transformers.__version__}" in (root / "constraints.txt").read_text(encoding="utf-8")
+    if pinned:  # another version may have other heads
+        assert written == generator(root).document(), "run python scripts/make_support.py"
