@@ -70,6 +70,16 @@ def check_first_labels(inputs: dict[str, Any]) -> None:
         )
 
 
+def check_written(inputs: dict[str, Any]) -> None:
+    """ConfigError for padding before what is written: a decoder counts its distance to a prefix by columns."""
+    mask = inputs.get("decoder_attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, 0].all()):
+        raise ConfigError(
+            "decoder_attention_mask hides the beginning of a row, but this decoder counts its positions from the first "
+            "column, behind the prefix; pad decoder_input_ids on the right."
+        )
+
+
 def without_cache(inputs: dict[str, Any]) -> dict[str, Any]:
     """A cache would hold the row as it was rearranged, and its virtual token as if it were a real one."""
     if inputs.get("past_key_values") is not None:

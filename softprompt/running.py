@@ -28,6 +28,7 @@ from softprompt.inputs import (
     beyond_text,
     cached,
     check_first_labels,
+    check_written,
     decodes_row,
     labels_tokens,
     packed,
@@ -187,6 +188,8 @@ class Run:
     def _forward_encoder_decoder(self, inputs: dict[str, Any]) -> Any:
         kv, vectors = (self.prompt, None) if isinstance(self.prompt, KV) else (None, self.prompt)
         slots, placement = self.slots, None
+        if kv is not None and kv.layers:
+            check_written(inputs)
         if decodes_row(inputs):  # the decoder has no mask for it, so padding must stand behind
             inputs, placement = place(inputs, None, None, causal=False)
             if slots is not None and placement.columns is not None:
@@ -207,6 +210,8 @@ class Run:
         if self.geometry.encoder_decoder:
             kv, vectors = (self.prompt, None) if isinstance(self.prompt, KV) else (None, self.prompt)
             check_decoding(self.base, vectors, kwargs)
+            if kv is not None and kv.layers:
+                check_written(kwargs)
             with self.door.open(kv), self._open_encoder(vectors, self.slots):
                 output = generate(*args, **kwargs)
             return cut(output, vectors.length if vectors is not None and self.slots is None else 0)

@@ -109,11 +109,12 @@ def _widen_cross(count: int) -> Hook:
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if not count or states is None or mask is None:
             return None
-        if states.shape[1] == mask.shape[1]:
+        if states.shape[1] == mask.shape[-1]:
             raise ConfigError(
                 "encoder_outputs were computed without the prompt; pass input_ids, so that the encoder sees it."
             )
-        return args, {**kwargs, "encoder_attention_mask": torch.cat([mask.new_ones(mask.shape[0], count), mask], 1)}
+        seen = mask.new_full((*mask.shape[:-1], count), 0 if mask.is_floating_point() and mask.ndim == 4 else 1)
+        return args, {**kwargs, "encoder_attention_mask": torch.cat([seen, mask], dim=-1)}
 
     return hook
 
