@@ -1,6 +1,6 @@
 """One recipe with several seeds, measured on a test set: a line of a table with mean and standard deviation.
 
-    python examples/repeat.py examples/fewglue/rte.yaml --train DIR/train.jsonl --eval DIR/dev32.jsonl --test DIR/val.jsonl
+    python examples/repeat.py RECIPE.yaml --train train.jsonl --eval dev32.jsonl --test val.jsonl [name=value ...]
 
 Further settings of the recipe follow as `name=value`. Every seed's run is kept under --out.
 """
@@ -22,7 +22,7 @@ from softprompt.train import train
 from softprompt.train.run_folder import SUMMARY, remove_run
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--train", required=True)
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="runs")
     parser.add_argument("settings", nargs="*", help="name=value")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args(arguments)
     settings = dict(setting.split("=", 1) for setting in given.settings)
     values = {**read_yaml(given.recipe), **{name: yaml.safe_load(value) for name, value in settings.items()}}
     found = []
