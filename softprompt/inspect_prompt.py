@@ -10,6 +10,7 @@ import torch
 from softprompt.checkpoint import SavedAdapter
 from softprompt.config import KVConfig, PromptConfig
 from softprompt.methods import MultitaskPromptTuningConfig
+from softprompt.pairs import each_once
 from softprompt.prompt import KV, METHODS, KVPrompt
 
 
@@ -57,9 +58,11 @@ def saved_kv(saved: SavedAdapter) -> KV | None:
     if not issubclass(METHODS[method_name(config.peft_type)], KVPrompt):
         return None
     assert isinstance(config, KVConfig)
-    kv = KV.from_flat(saved.tensors["prompt_embeddings"].float(), config)
-    used = kv.layers[::2] if config.paired and len(kv.layers) % 2 == 0 else kv.layers
-    return replace(kv, layers=used)
+    flat = saved.tensors["prompt_embeddings"].float()
+    if config.paired and config.num_layers is not None:
+        before, flat = flat.shape[1], each_once(flat, config.num_layers)
+        config = replace(config, num_layers=config.num_layers * flat.shape[1] // before)
+    return KV.from_flat(flat, config)
 
 
 def tasks_of(config: PromptConfig) -> list[str]:

@@ -17,3 +17,13 @@ def dealt(flat: Tensor, layers: int, width: int) -> Tensor:
     """Of pairs `[p, m·width]`, the ones that the layers have, `[p, layers·width]`."""
     pairs = flat.unflatten(1, (-1, width))
     return pairs[:, [2 * layer % pairs.shape[1] for layer in range(layers)]].flatten(1)
+
+
+def each_once(flat: Tensor, count: int) -> Tensor:
+    """The pair of every layer in a checkpoint of `count` pairs, `[p, layers·w]`, when there is no model to count them.
+
+    Pairs that all stand there twice are those of half as many layers; any others PEFT wrote, one for each layer.
+    """
+    pairs = flat.unflatten(1, (count, -1))
+    doubled = count % 2 == 0 and bool((pairs[:, ::2] == pairs[:, 1::2]).all())
+    return dealt(flat, count // 2 if doubled else count, pairs.shape[2])

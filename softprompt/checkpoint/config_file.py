@@ -34,7 +34,9 @@ PEFT_FIELDS = frozenset((
     "num_layers", "modules_to_save", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs", "init_weights", "encoder_hidden_size", "prefix_projection",
     "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout",
-    "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task", "num_ranks", "num_tasks",
+    "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task", "num_ranks", "num_tasks", "num_frozen_tokens",
+    "cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask", "opt_weighted_loss_type", "opt_loss_decay_factor",
+    "opt_projection_epsilon", "opt_projection_format_epsilon",
 ))
 # fmt: on
 _NAME_FIELDS = ("base_model_name_or_path", "revision", "tokenizer_name_or_path", "peft_version")

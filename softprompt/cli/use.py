@@ -14,6 +14,7 @@ from torch import Tensor
 from softprompt.checkpoint import SavedAdapter, load_adapter, save_adapter
 from softprompt.cli.cloze import cloze_inputs, read_cloze, template_text
 from softprompt.cli.prompted import Prompted, base_name, open_prompted, read_saved, recipe_of_task
+from softprompt.config import KVConfig
 from softprompt.data import Example, LabelledExample, encode_labels, expand, load_examples, load_labelled
 from softprompt.data.cloze import as_text, load_cloze
 from softprompt.data.examples import without_slots
@@ -31,6 +32,7 @@ from softprompt.evaluate import (
 from softprompt.inspect_prompt import PromptFacts, describe, describe_kv, saved_kv
 from softprompt.loading import load_base, load_tokenizer
 from softprompt.methods import PrefixTuningConfig
+from softprompt.pairs import twice
 from softprompt.prompt import KV
 from softprompt.recipe import Recipe, did_you_mean
 from softprompt.report.nearest import nearest_tokens
@@ -228,7 +230,9 @@ def convert_prompt(prompt: Path, to: str, out: Path, model: str | None, task: st
     if to == "kv":
         kv.save(out)
         return f"{out}: keys and values of {kv.length} virtual tokens for {len(kv.layers)} layers"
-    save_adapter(out, _prefix_config(prompt, kv), {"prompt_embeddings": kv.flat()})
+    config = _prefix_config(prompt, kv)
+    flat = twice(kv.flat(), len(kv.layers)) if config.paired else kv.flat()
+    save_adapter(out, config.as_saved(), {"prompt_embeddings": flat})
     return f"{out}: PREFIX_TUNING with {kv.length} virtual tokens"
 
 
@@ -248,10 +252,13 @@ def _prefix_config(prompt: Path, kv: KV) -> PrefixTuningConfig:
         raise UnsupportedError(f"{prompt} has prefixes of several attentions, which PREFIX_TUNING of a decoder has not")
     shapes = [[key.shape[1], key.shape[3], value.shape[3]] for key, value in kv.layers]
     heads, size, _ = shapes[0]
-    base = None if prompt.is_file() else load_adapter(prompt).config.base_model_name_or_path
+    saved = None if prompt.is_file() else load_adapter(prompt).config
+    paired = isinstance(saved, KVConfig) and saved.paired
     return PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=kv.length, token_dim=heads * size, num_layers=len(kv.layers),
-        num_attention_heads=heads, num_transformer_submodules=1, encoder_hidden_size=heads * size,
+        task_type=saved.task_type if saved is not None and paired else "CAUSAL_LM", num_virtual_tokens=kv.length,
+        token_dim=heads * size, num_layers=len(kv.layers), num_attention_heads=heads,
+        num_transformer_submodules=2 if paired else 1, encoder_hidden_size=heads * size,
         layer_shapes=None if all(shape == [heads, size, size] for shape in shapes) else shapes,
-        base_model_name_or_path=base, inference_mode=True, prefix_always_visible=kv.always_visible,
+        base_model_name_or_path=saved.base_model_name_or_path if saved is not None else None,
+        inference_mode=True, prefix_always_visible=kv.always_visible,
     )  # fmt: skip
