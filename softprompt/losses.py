@@ -1,4 +1,4 @@
-"""Losses that a model's own head would get wrong: over real tokens only, whatever stands in front of or behind them."""
+"""Losses and logits that a model's own head would get wrong where a prompt or padding stands beside the real tokens."""
 
 from typing import Any
 
@@ -30,6 +30,13 @@ def with_span_loss(output: Any, inputs: dict[str, Any], slots: Tensor | None = N
     real = real_columns(inputs, slots)
     losses = [_column_loss(output[logits], inputs[position], real) for position, logits in SPANS]
     output["loss"] = torch.stack(losses).mean()
+    return output
+
+
+def with_kept_logits(output: Any, keep: int | Tensor) -> Any:
+    """The output with the logits of the last `keep` columns (0: all), or of the columns `keep` `[K]`, alone."""
+    columns = slice(-keep, None) if isinstance(keep, int) else keep
+    output["logits"] = output["logits"][:, columns]
     return output
 
 

@@ -35,7 +35,7 @@ from softprompt.inputs import (
     with_mask,
     without_cache,
 )
-from softprompt.losses import with_span_loss
+from softprompt.losses import with_kept_logits, with_span_loss
 from softprompt.prompt import KV, Embeddings
 
 
@@ -90,6 +90,10 @@ class Run:
 
     def forward(self, inputs: dict[str, Any]) -> Any:
         """The model's output over real tokens, on keyword inputs that were given."""
+        direct = self.folds and self.geometry.causal and not labels_tokens(inputs)
+        if "logits_to_keep" in inputs and not direct:  # columns of the rows as they were given, and all for the loss
+            rest = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
+            return with_kept_logits(self.forward(rest), inputs["logits_to_keep"])
         if isinstance(self.prompt, Embeddings) and self.prompt.context is not None:
             return forward_with_context(self, self.prompt, inputs)
         return with_span_loss(self._forward(inputs), inputs, self.slots)

@@ -1,11 +1,14 @@
 """Outputs, losses, gradients and generated tokens equal the plain formulation, whatever the padding."""
 
+import families
 import naive
 import pytest
 import tiny
 import torch
 
 from softprompt import (
+    CPTConfig,
+    CPTEmbedding,
     Embeddings,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -56,6 +59,29 @@ def test_logits_loss_and_gradients_equal_naive(family: str, method: str, side: s
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     for got, expected, mask in zip(result.logits, out, batch["attention_mask"], strict=True):
         torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [0, 2, torch.tensor([1, 4])])
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix", "cpt"])
+@pytest.mark.parametrize("family", ["gpt2", "jamba", "bloom"])
+def test_logits_to_keep_change_neither_loss_nor_logits(
+    family: str, method: str, labelled: bool, keep: int | torch.Tensor
+) -> None:
+    """transformers refuses labels beside it; here the loss counts every label."""
+    config = CPTConfig(**CPTEmbedding.example) if method == "cpt" else METHODS[method]()
+    model = get_peft_model(families.build(family, "CAUSAL_LM"), config).eval()
+    for side in ("left", "right"):
+        batch = tiny.ragged(side=side)
+        if labelled:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        whole, kept = model(**batch), model(**batch, logits_to_keep=keep)
+        columns = slice(-keep, None) if isinstance(keep, int) else keep
+        for got, expected, real in zip(kept.logits, whole.logits, batch["attention_mask"].bool(), strict=True):
+            seen = real[columns]
+            torch.testing.assert_close(got[seen], expected[columns][seen], atol=1e-5, rtol=1e-5)
+        if labelled:
+            torch.testing.assert_close(kept.loss, whole.loss)
 
 
 @pytest.mark.parametrize("method", METHODS)
