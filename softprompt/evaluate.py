@@ -94,8 +94,8 @@ def evaluate_cloze(
     """`accuracy` among the labels (P@1 among candidates, named `p_at_1`), `majority` and `loss` in nats per row.
 
     `majority` is the share of the commonest label: what always answering it would score. A row whose answer is none of
-    the candidates counts as wrong and has no loss; `outside` says how many there are. The loss is of the kind that is
-    trained on.
+    the candidates counts as wrong and has no loss; `outside` says how many there are, and `cut` how many rows were too
+    long. The loss is of the kind that is trained on.
     """
     if not encoded:
         raise DataError("there are no examples to evaluate; give at least one")
@@ -113,7 +113,8 @@ def evaluate_cloze(
         "majority": int(counts.max()) / len(encoded),
         "rows": len(encoded),
     }
-    return found if bool(known.all()) else {**found, "outside": int((~known).sum())}
+    remarks = {"outside": int((~known).sum()), "cut": sum(row.row.cut > 0 for row in encoded)}
+    return found | {name: count for name, count in remarks.items() if count}
 
 
 def predict_cloze(model: nn.Module, cloze: Cloze, encoded: Sequence[EncodedCloze], batch_size: int = 32) -> list[str]:

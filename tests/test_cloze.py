@@ -349,6 +349,19 @@ def test_the_verbalizer_on_the_command_line(tmp_path: Path, data: Path, shell: S
     assert Recipe.from_yaml(tmp_path / "run" / "recipe.yaml").verbalizer == WORDS
 
 
+def test_rows_that_were_cut_are_counted(tmp_path: Path, shell: Shell) -> None:
+    rows = [*ROWS, {"text": "the cat sat " * 60, "label": True}]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    settings = recipe(tmp_path, data, max_length=60)
+    with (tmp_path / "log").open("w") as log:
+        result = train(settings, console=Console(file=log))
+    assert "1 of 7 training rows were cut to fit" in (tmp_path / "log").read_text()
+    assert result.best["cut"] == 1
+    assert "rows that were cut to fit" in shell.ok("eval", "--prompt", result.folder, "--eval", data)
+    found = json.loads(shell.ok("eval", "--prompt", result.folder, "--eval", data, "--json"))["prompt"]
+    assert found == {name: pytest.approx(value, abs=1e-5) for name, value in result.best.items()}
+
+
 def test_labels_in_yaml_may_be_truth_values(tmp_path: Path) -> None:
     place = tmp_path / "recipe.yaml"
     place.write_text('task: CLOZE\ntemplate: "{a} [MASK]"\nverbalizer: {true: "Yes", false: "No"}\n')

@@ -33,6 +33,7 @@ NAMES = {
     "p_at_1": "P@1",
     "majority": "commonest answer",
     "outside": "rows whose answer is no candidate",
+    "cut": "rows that were cut to fit",
 }
 
 

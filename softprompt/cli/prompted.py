@@ -67,6 +67,12 @@ class Prompted:
             return encode_pairs(examples, self.tokenizer, self.room, self.context)
         return encode_all(examples, self.tokenizer, self.room)
 
+    @property
+    def cloze_length(self) -> int:
+        """The longest row of a cloze task: as it was trained, where the run is known."""
+        limit = self.recipe.max_length if self.recipe is not None else None
+        return min(self.room, limit or self.room)
+
     def new_tokens(self, inputs: Sequence[Example], wanted: int) -> int:
         """How many tokens may be generated after these inputs: as many as `wanted`, or what the context leaves.
 

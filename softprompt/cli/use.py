@@ -89,7 +89,7 @@ def cloze_answers(
     assert opened.cloze is not None
     cloze = opened.cloze
     examples = cloze_inputs(cloze, text, file)
-    rows = cloze.encode(examples, opened.room)
+    rows = cloze.encode(examples, opened.cloze_length)
     with opened.model.disable_adapter() if frozen else nullcontext():
         rows = [row.without_slots() for row in rows] if frozen else rows
         labels = predict_cloze(opened.model, cloze, rows, batch_size)
@@ -152,7 +152,7 @@ def _cloze_scores(
     examples = load_cloze(settings.data, Template(text), column, settings.split, settings.limit, only)
     opened = opened or load()
     assert opened.cloze is not None
-    rows = opened.cloze.encode(examples, opened.room)
+    rows = opened.cloze.encode(examples, opened.cloze_length)
     scores = {}
     if frozen and not opened.tuned:
         with opened.model.disable_adapter():

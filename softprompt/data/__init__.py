@@ -176,7 +176,7 @@ def input_rows(
     if not any(example.pieces for example in examples):
         return [(ids, None) for ids in input_ids(examples, tokenizer)]
     rows = [(run_parts(example.pieces, tokenizer), {}) for example in examples]
-    return [(ids, slots) for ids, slots in encode_parts(rows, tokenizer, None, [e.where for e in examples])]
+    return [(ids, slots) for ids, slots, _ in encode_parts(rows, tokenizer, None, [e.where for e in examples])]
 
 
 def input_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

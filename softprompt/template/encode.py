@@ -43,18 +43,20 @@ class TemplateRow:
     """A row of T tokens. `slots[t]` is the virtual token that stands in column t, or −1; `input_ids[t]` is then a pad.
 
     `answer_position` is the column whose output is read: the first mask, the last column (its output predicts the
-    next token), or on encoder-decoders the sentinel.
+    next token), or on encoder-decoders the sentinel. `cut` is how many tokens its fields have lost.
     """
 
     input_ids: list[int]
     slots: list[int]
     answer_position: int
+    cut: int = 0
 
     def without_slots(self) -> "TemplateRow":
         """The row as the frozen model gets it, to compare with: no virtual tokens at all."""
         kept = [place for place, slot in enumerate(self.slots) if slot < 0]
         before = sum(1 for place in kept if place < self.answer_position)
-        return TemplateRow([self.input_ids[place] for place in kept], [-1] * len(kept), min(before, len(kept) - 1))
+        ids = [self.input_ids[place] for place in kept]
+        return TemplateRow(ids, [-1] * len(kept), min(before, len(kept) - 1), self.cut)
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,12 @@ def encode_rows(
                 raise DataError(f'{place} has no field "{name}" of the template; it has {", ".join(fields) or "none"}')
     encoded = encode_parts([(parts, fields) for fields in rows], tokenizer, max_length, places)
     target = _answer_id(tokenizer, answer)
-    return [_row(*row, target) for row in encoded]
+    return [_row(ids, slots, target, cut) for ids, slots, cut in encoded]
 
 
-def _row(ids: list[int], slots: list[int], target: int | None) -> TemplateRow:
+def _row(ids: list[int], slots: list[int], target: int | None, cut: int) -> TemplateRow:
     columns = enumerate(zip(ids, slots, strict=True))
-    return TemplateRow(ids, slots, next((n for n, both in columns if both == (target, -1)), len(ids) - 1))
+    return TemplateRow(ids, slots, next((n for n, both in columns if both == (target, -1)), len(ids) - 1), cut)
 
 
 def _answer_id(tokenizer: Any, answer: Answer) -> int | None:
@@ -208,17 +210,16 @@ def encode_parts(
     tokenizer: Any,
     max_length: int | None,
     where: Sequence[str],
-) -> list[tuple[list[int], list[int]]]:
-    """Ids and slots of every row; rows that are too long are cut as the module's text says."""
-    encoded = _join(rows, tokenizer)
-    if max_length is None:
-        return encoded
-    for number, (parts, fields) in enumerate(rows):
-        fields = dict(fields)
-        while len(encoded[number][0]) > max_length:
-            fields = _shortened(parts, fields, len(encoded[number][0]) - max_length, tokenizer, where[number])
-            encoded[number] = _join([(parts, fields)], tokenizer)[0]
-    return encoded
+) -> list[tuple[list[int], list[int], int]]:
+    """Ids and slots of every row, and the tokens it has lost: too long rows are cut as the module's text says."""
+    fitting = []
+    for row, place, (ids, slots) in zip(rows, where, _join(rows, tokenizer), strict=True):
+        parts, fields, whole = row[0], dict(row[1]), len(ids)
+        while max_length is not None and len(ids) > max_length:
+            fields = _shortened(parts, fields, len(ids) - max_length, tokenizer, place)
+            ((ids, slots),) = _join([(parts, fields)], tokenizer)
+        fitting.append((ids, slots, whole - len(ids)))
+    return fitting
 
 
 def _join(rows: Sequence[Filled], tokenizer: Any) -> list[tuple[list[int], list[int]]]:

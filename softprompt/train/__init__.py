@@ -111,6 +111,8 @@ class Trainer:
         context = context_length(model.geometry, tokenizer)
         data = source.encode(recipe, tokenizer, context, base)
         loss = own_loss if teachers is None else Distillation.of(base, teachers, recipe)
+        if data.cut:
+            console.print(f"{data.cut} of {len(data.train)} training rows were cut to fit", highlight=False)
         objective = objective_of(recipe, data, tokenizer, row_length(recipe, context), loss)
         if recipe.base_learning_rate is not None:
             tune_base(model, folder.path)

@@ -51,6 +51,11 @@ class RunData:
     cloze: Cloze | None = None
 
     @property
+    def cut(self) -> int:
+        """How many training rows were too long and have been cut."""
+        return sum(row.row.cut > 0 for row in self.train if isinstance(row, EncodedCloze))
+
+    @property
     def lengths(self) -> list[int]:
         return [len(row.input_ids) for row in self.train]
 
