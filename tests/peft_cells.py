@@ -57,6 +57,12 @@ class Cell:
     def keys(self) -> bool:
         return self.method in KEYS_AND_VALUES
 
+    @property
+    def shares_cache(self) -> bool:
+        """Whether PEFT gives both of a decoder's attentions one cache by default (t5's TOKEN_CLS is an encoder)."""
+        others = self.task not in ("SEQ_2_SEQ_LM", "TOKEN_CLS")
+        return self.keys and self.family in ("t5", "bart") and others
+
     def base(self) -> Any:
         return families.build(self.family, self.task)
 
@@ -166,3 +172,18 @@ def generated(cell: Cell, model: Any, **more: Any) -> Tensor:
     if cell.method == "MULTITASK_PROMPT_TUNING":
         row["task_ids"] = TASKS[:1]
     return model.generate(**row, max_new_tokens=8, do_sample=False, **more)[:, -8:]
+
+
+def grid() -> list[str]:
+    """The table of docs/peft.md."""
+    lines = ["| model and head | equal both ways | PEFT cannot run | PEFT runs wrongly |", "|---|---|---|---|"]
+    for family in FAMILIES:
+        for task in families.FAMILIES[family].tasks:
+            row = [Cell(method, family, task) for method in METHODS]
+            wrong = [cell.method for cell in row if cell.shares_cache and cell.refusal() is None]
+            refused = [cell.method for cell in row if cell.refusal() is not None]
+            equal = [cell.method for cell in row if cell.method not in (*wrong, *refused)]
+            shown = [", ".join(each) if len(each) < len(row) else "all" for each in (equal, refused, wrong)]
+            name = "no task type (masked LM)" if task == "MASKED_LM" else task
+            lines.append(f"| {family}, {name} | " + " | ".join(shown) + " |")
+    return lines

@@ -25,8 +25,7 @@ pytestmark = [  # PEFT's own, on every use
 ]
 
 CELLS = list(peft_cells.cells())
-SHARED_CACHE = [cell for cell in CELLS if cell.family in ("t5", "bart") and cell.keys and cell.task != "SEQ_2_SEQ_LM"]
-SHARED_CACHE = [cell for cell in SHARED_CACHE if (cell.family, cell.task) != ("t5", "TOKEN_CLS")]  # an encoder alone
+SHARED_CACHE = [cell for cell in CELLS if cell.shares_cache]
 RUNS = [cell for cell in CELLS if cell.refusal() is None]
 COMPARED = [cell for cell in RUNS if cell not in SHARED_CACHE]
 REFUSED = [cell for cell in CELLS if cell.refusal() is not None]
@@ -54,6 +53,11 @@ def test_the_grid_has_every_method_and_task_of_both_libraries() -> None:
     assert ours == theirs - {"ADAPTION_PROMPT"}
     tasks = {cell.task for cell in COMPARED}
     assert tasks == {task.value for task in peft.TaskType}
+
+
+def test_the_page_about_peft_shows_the_grid(root: Path) -> None:
+    shown = (root / "docs" / "peft.md").read_text().partition("<!-- grid -->\n")[2].partition("\n<!-- /grid -->")[0]
+    assert shown.splitlines() == peft_cells.grid()
 
 
 @each
@@ -123,7 +127,24 @@ def test_a_prefix_in_a_cache_that_both_attentions_share_is_refused(tmp_path: Pat
         cell.load_ours(tmp_path)
 
 
-@pytest.mark.parametrize("cell", [each for each in SHARED_CACHE if each.task == "FEATURE_EXTRACTION"], ids=str)
+FEATURES = [cell for cell in SHARED_CACHE if cell.task == "FEATURE_EXTRACTION"]
+
+
+@pytest.mark.parametrize("cell", FEATURES, ids=str)
+def test_in_a_shared_cache_peft_lets_tokens_see_what_follows_them(cell: Cell) -> None:
+    """Cross-attention reads the decoder's own tokens out of it, later ones too."""
+    first = cell.batch()["decoder_input_ids"]
+    other = torch.cat([first[:, :-1], first[:, -1:] + 1], dim=1)
+    before = torch.arange(len(first) * 4) % 4 < 3  # all tokens but each row's last
+    theirs, ours = (
+        [outputs(cell, model, decoder_input_ids=ids)[before] for ids in (first, other)]
+        for model in (cell.theirs(), cell.ours())
+    )
+    assert (theirs[0] - theirs[1]).abs().max() > 1e-2
+    torch.testing.assert_close(ours[0], ours[1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("cell", FEATURES, ids=str)
 def test_with_a_cache_for_each_attention_features_are_equal(tmp_path: Path, cell: Cell) -> None:
     theirs = cell.theirs(num_transformer_submodules=2)
     theirs.save_pretrained(str(tmp_path / "theirs"))
