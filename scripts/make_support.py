@@ -31,7 +31,8 @@ Every cell is a test (`tests/test_conformance.py`), on a tiny model of the famil
 that transformers has for it. A head that works has passed all of these: outputs, loss and gradients equal the plain
 formulation, one row at a time without padding, for batches with padding on either side; five training steps lower the
 loss; a saved prompt gives the same outputs in another process; and, for language models, a batch generates what its
-rows generate alone.
+rows generate alone. Equality and generation also hold, on every family, for a prompt behind the first token
+(`placement="after_bos"`), and on encoder-decoders for a prefix on all three attentions.
 
 ✓ stands for all heads of the family; otherwise the heads that work are named. A dash means that the method cannot exist
 there; the reasons are below the table. `MASKED_LM` is no task type of PEFT's: leave `task_type` unset for it.

@@ -31,13 +31,25 @@ OUTPUTS = {
 Outputs = dict[str, Tensor]
 
 
+VARIANTS: dict[str, tuple[str, dict[str, Any], Callable[[Cell], bool]]] = {
+    # what a kind of prompt can do beside its default, whichever method it comes from: one method, options, where
+    "after_bos": ("prompt_tuning", {"placement": "after_bos"}, lambda cell: True),
+    "three_prefixes": (
+        "prefix_tuning",
+        {"encoder_prefix": True, "cross_prefix": True},
+        lambda cell: cell.kind == "encoder-decoder" and cell.task != "TOKEN_CLS",  # which T5 does without a decoder
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One method before one head of one family."""
+    """One method before one head of one family, as it is by default or in one of `VARIANTS`."""
 
     method: str
     family: str
     task: str
+    variant: str | None = None
 
     @property
     def kind(self) -> str:
@@ -63,7 +75,8 @@ class Cell:
 
     def config(self) -> Any:
         method, task_type = METHODS[self.method], None if self.task == "MASKED_LM" else self.task
-        return method.config_class(task_type=task_type, num_virtual_tokens=TOKENS, **method.example)
+        options = {**method.example, **(VARIANTS[self.variant][1] if self.variant else {})}
+        return method.config_class(task_type=task_type, num_virtual_tokens=TOKENS, **options)
 
     def model(self) -> SoftPromptModel:
         """A new, seeded model with its prompt, in eval mode. UnsupportedError for a cell that cannot exist."""
@@ -71,8 +84,13 @@ class Cell:
         torch.manual_seed(1)
         return get_peft_model(base, self.config()).eval()
 
+    @property
+    def first(self) -> int:
+        """How many real tokens stand before an embedding prompt."""
+        return int(self.variant == "after_bos")
+
     def __str__(self) -> str:
-        return f"{self.family}-{self.task}-{self.method}"
+        return f"{self.family}-{self.task}-{self.variant or self.method}"
 
 
 def cells() -> Iterator[Cell]:
@@ -81,6 +99,13 @@ def cells() -> Iterator[Cell]:
         for task in family.tasks:
             for method in METHODS:
                 yield Cell(method, name, task)
+
+
+def variants() -> Iterator[Cell]:
+    """Every variant before each head it is for."""
+    for variant, (method, _, applies) in VARIANTS.items():
+        for name, family in families.FAMILIES.items():
+            yield from filter(applies, (Cell(method, name, task, variant) for task in family.tasks))
 
 
 # ---- rows and batches --------------------------------------------------------------------------------------------
@@ -181,13 +206,15 @@ def alone(cell: Cell, model: SoftPromptModel, row: Row) -> Outputs:
     if cell.decodes:
         labels = cell.task == "SEQ_2_SEQ_LM"
         more = {"labels": row.target[None]} if labels else {"decoder_input_ids": row.decoder[None]}
-    out = naive.run(base, prompt, row.ids[None], **more)
+    out = naive.run(base, prompt, row.ids[None], first=cell.first, **more)
     found = {name: out[name][0] for name in OUTPUTS.get(cell.task, ("logits",))}
     if isinstance(prompt, Embeddings) and cell.task != "SEQ_CLS" and not naive.encodes_and_decodes(base):
-        in_front = {name: value[: prompt.length] for name, value in found.items()}
-        found = {name: value[prompt.length :] for name, value in found.items()}
+        parts = {
+            name: value.split([cell.first, prompt.length, len(row.ids) - cell.first]) for name, value in found.items()
+        }
+        found = {name: torch.cat([before, behind]) for name, (before, _, behind) in parts.items()}
         if cell.task == "CAUSAL_LM":
-            found["virtual"] = in_front["logits"]
+            found["virtual"] = parts["logits"][1]
             found["virtual_labels"], found["virtual_weights"] = _answers(prompt)
     return found
 
@@ -231,9 +258,9 @@ def loss(cell: Cell, outputs: list[Outputs], some: list[Row]) -> Tensor:
     for each, row in zip(outputs, some, strict=True):
         scores, target, weight = each["logits"], row.target, torch.ones(len(row.target))
         if "virtual" in each:
-            scores = torch.cat([each["virtual"], scores])
-            target = torch.cat([each["virtual_labels"], target])
-            weight = torch.cat([each["virtual_weights"], weight])
+            scores = _insert(cell.first, each["virtual"], scores)
+            target = _insert(cell.first, each["virtual_labels"], target)
+            weight = _insert(cell.first, each["virtual_weights"], weight)
         if cell.task == "CAUSAL_LM":  # every token but the very first is predicted by the one before it
             scores, target, weight = scores[:-1], target[1:], weight[1:]
         predicted.append(scores.view(len(target), -1))
@@ -241,6 +268,10 @@ def loss(cell: Cell, outputs: list[Outputs], some: list[Row]) -> Tensor:
         weights.append(weight)
     every, target = cross_entropy(torch.cat(predicted), torch.cat(targets), reduction="none"), torch.cat(targets)
     return (every * torch.cat(weights)).sum() / (target != -100).sum()
+
+
+def _insert(place: int, part: Tensor, whole: Tensor) -> Tensor:
+    return torch.cat([whole[:place], part, whole[place:]])
 
 
 def library_loss(cell: Cell, model: SoftPromptModel, some: list[Row], side: str) -> Tensor:

@@ -30,12 +30,16 @@ def own_prompt(model: SoftPromptModel, task_ids: Tensor | None = None) -> Embedd
     return replace(prompt, vectors=prompt.per_row(1), rows=None) if isinstance(prompt, Embeddings) else prompt
 
 
-def run(base: PreTrainedModel, prompt: Embeddings | KV, ids: Tensor, **more: Any) -> ModelOutput:
-    """The base model's output for one row `ids` `[1, t]` and its prompt; embedding prompts cover p more columns."""
+def run(base: PreTrainedModel, prompt: Embeddings | KV, ids: Tensor, first: int = 0, **more: Any) -> ModelOutput:
+    """The base model's output for one row `ids` `[1, t]` and its prompt; embedding prompts cover p more columns.
+
+    `first` real tokens stand before an embedding prompt.
+    """
     if isinstance(prompt, KV):
         with keys_in_front(base, prompt):
             return base(input_ids=ids, **more)
-    embedded = torch.cat([prompt.vectors, base.get_input_embeddings()(ids)], dim=1)
+    words = base.get_input_embeddings()(ids)
+    embedded = torch.cat([words[:, :first], prompt.vectors, words[:, first:]], dim=1)
     if not encodes_and_decodes(base):
         return base(inputs_embeds=embedded, **more)
     encoded = base.get_encoder()(inputs_embeds=embedded, return_dict=True)
@@ -189,19 +193,19 @@ def loss(model: SoftPromptModel, batch: dict[str, Tensor], labels: Tensor) -> Te
     return total / count
 
 
-def greedy(model: SoftPromptModel, row: Tensor, steps: int, **of_task: Tensor) -> Tensor:
+def greedy(model: SoftPromptModel, row: Tensor, steps: int, first: int = 0, **of_task: Tensor) -> Tensor:
     """The next `steps` tokens by recomputing the whole row each time."""
     for _ in range(steps):
-        out, _ = logits(model, row, **of_task)
+        out = run(model.get_base_model(), own_prompt(model, **of_task), row, first).logits
         row = torch.cat([row, out[:, -1:].argmax(-1)], dim=1)
     return row[:, -steps:]
 
 
-def decode(model: SoftPromptModel, row: Tensor, steps: int, **of_task: Tensor) -> Tensor:
+def decode(model: SoftPromptModel, row: Tensor, steps: int, first: int = 0, **of_task: Tensor) -> Tensor:
     """The next `steps` tokens of an encoder-decoder, by recomputing everything each time."""
     base, prompt = model.get_base_model(), own_prompt(model, **of_task)
     written = torch.tensor([[base.config.decoder_start_token_id]])
     for _ in range(steps):
-        out = run(base, prompt, row, decoder_input_ids=written).logits
+        out = run(base, prompt, row, first, decoder_input_ids=written).logits
         written = torch.cat([written, out[:, -1:].argmax(-1)], dim=1)
     return written[:, 1:]

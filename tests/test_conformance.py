@@ -64,6 +64,14 @@ def test_cell(cell: Cell, reload: Reload, tmp_path: Path) -> None:
         check_generation(cell, model)
 
 
+@pytest.mark.parametrize("cell", list(conformance.variants()), ids=str)
+def test_variant(cell: Cell) -> None:
+    model = cell.model()
+    check_against_the_plain_formulation(cell, model)
+    if cell.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        check_generation(cell, model)
+
+
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.refusal is not None], ids=str)
 def test_a_cell_that_cannot_exist_names_what_can(cell: Cell) -> None:
     assert cell.refusal is not None
@@ -130,4 +138,4 @@ def check_generation(cell: Cell, model: SoftPromptModel, steps: int = 4) -> None
         assert torch.equal(got, single[0, -steps:])
         with torch.no_grad():
             plain = naive.decode if cell.decodes else naive.greedy
-            assert torch.equal(got[None], plain(model, row.ids[None], steps, **row.of_task))
+            assert torch.equal(got[None], plain(model, row.ids[None], steps, cell.first, **row.of_task))
