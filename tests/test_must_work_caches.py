@@ -107,7 +107,7 @@ def rounding(kind: str, model: SoftPromptModel) -> Any:
     if kind == "fp8" and not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
         pytest.skip("this version of transformers has no fp8 cache")
     if kind != "fp8":
-        pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[kind])
+        pytest.importorskip({"quanto": "optimum.quanto.tensor", "hqq": "hqq"}[kind])
     groups = {} if kind == "fp8" else {"q_group_size": 8}  # as wide as the tiny models' heads
     return QuantizedCache(backend=kind, config=model.get_base_model().config, **groups)
 
