@@ -1,17 +1,21 @@
 """For the tests of templates and cloze tasks: tokenizers of each style, models of each kind, small labelled data."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import families
 import tiny
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from softprompt import Embeddings, SoftPromptModel
+from softprompt.recipe import Recipe
 from softprompt.template import Answer, TemplateRow
+from softprompt.train import train
 
 WORDS = [
     "the",
@@ -101,3 +105,33 @@ def embedded(model: SoftPromptModel, row: TemplateRow) -> Tensor:
         for number, slot in zip(row.input_ids, row.slots, strict=True)
     ]
     return torch.stack(columns)[None]
+
+
+TEMPLATE = "{text} [P1] it was [P*2] : [MASK] ."
+VERBALIZER = {"true": ["great", "yes yes"], "false": "bad"}
+ROWS = [{"text": text, "label": label, "kind": kind} for text, label, kind in [
+    ("the cat sat", True, "a"), ("a dog ran home", False, "a"), ("the red cat", True, "b"), ("a dog sat", False, "a"),
+    ("the cat ran", True, "a"), ("a red dog", False, "b"),
+]]  # fmt: skip
+
+
+def base_folder(place: Path, answer: Answer) -> Path:
+    base(answer).save_pretrained(place)
+    tokenizer(answer).save_pretrained(place)
+    return place
+
+
+def recipe(tmp_path: Path, data: Path, answer: Answer = Answer.NEXT, **changes: Any) -> Recipe:
+    model = tmp_path / f"base-{answer}"
+    if not model.exists():
+        base_folder(model, answer)
+    settings: dict[str, Any] = {
+        "model": str(model), "train": str(data), "eval": str(data), "out": str(tmp_path / "run"), "task": "CLOZE",
+        "method": "p_tuning", "template": TEMPLATE, "verbalizer": VERBALIZER, "steps": 6, "batch_size": 3, "samples": 2,
+        "optimizer": "adamw", "learning_rate": 0.02, "device": "cpu",
+    }  # fmt: skip
+    return Recipe.from_dict({name: value for name, value in {**settings, **changes}.items() if value is not None})
+
+
+def run(settings: Recipe, **options: Any) -> Any:
+    return train(settings, console=Console(quiet=True), **options)

@@ -7,18 +7,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import cloze_kit
 import pytest
 import torch
 from cli_kit import Shell, write_rows
+from cloze_kit import ROWS, TEMPLATE, VERBALIZER, base_folder, recipe, run
 from rich.console import Console
-from transformers import AutoModelForCausalLM, BertModel
+from transformers import BertModel
 
 from softprompt import SoftPromptModel
 from softprompt.cli.prompted import open_prompted
 from softprompt.cloze import Cloze
 from softprompt.data.cloze import load_cloze
-from softprompt.errors import CheckpointError, ConfigError, DataError, RunInterrupted, SoftPromptError, TrainingError
+from softprompt.errors import ConfigError, DataError, SoftPromptError, TrainingError
 from softprompt.evaluate import evaluate_cloze
 from softprompt.loading import load_base, load_tokenizer
 from softprompt.recipe import Recipe
@@ -26,12 +26,6 @@ from softprompt.template import Answer, Template
 from softprompt.train import train
 from softprompt.verbalizer import Verbalizer
 
-TEMPLATE = "{text} [P1] it was [P*2] : [MASK] ."
-WORDS = {"true": ["great", "yes yes"], "false": "bad"}
-ROWS = [{"text": text, "label": label, "kind": kind} for text, label, kind in [
-    ("the cat sat", True, "a"), ("a dog ran home", False, "a"), ("the red cat", True, "b"), ("a dog sat", False, "a"),
-    ("the cat ran", True, "a"), ("a red dog", False, "b"),
-]]  # fmt: skip
 FACTS = [
     {"sub": sub, "obj": obj, "relation": relation}
     for sub, obj, relation in [("cat", "house", "P1"), ("dog", "red mat", "P1"), ("mat", "home", "P2")]
@@ -46,28 +40,6 @@ def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", ROWS)
-
-
-def base_folder(place: Path, answer: Answer) -> Path:
-    cloze_kit.base(answer).save_pretrained(place)
-    cloze_kit.tokenizer(answer).save_pretrained(place)
-    return place
-
-
-def recipe(tmp_path: Path, data: Path, answer: Answer = Answer.NEXT, **changes: Any) -> Recipe:
-    model = tmp_path / f"base-{answer}"
-    if not model.exists():
-        base_folder(model, answer)
-    settings: dict[str, Any] = {
-        "model": str(model), "train": str(data), "eval": str(data), "out": str(tmp_path / "run"), "task": "CLOZE",
-        "method": "p_tuning", "template": TEMPLATE, "verbalizer": WORDS, "steps": 6, "batch_size": 3, "samples": 2,
-        "optimizer": "adamw", "learning_rate": 0.02, "device": "cpu",
-    }  # fmt: skip
-    return Recipe.from_dict({name: value for name, value in {**settings, **changes}.items() if value is not None})
-
-
-def run(settings: Recipe, **options: Any) -> Any:
-    return train(settings, console=Console(quiet=True), **options)
 
 
 @pytest.mark.parametrize("answer", Answer)
@@ -112,7 +84,7 @@ def test_the_frozen_model_is_measured_without_the_virtual_tokens(tmp_path: Path,
     tokenizer = load_tokenizer(settings.model)
     base = load_base(settings.model, tokenizer, device="cpu", cloze=True)
     template = Template(TEMPLATE.replace("[P1] ", "").replace("[P*2] ", ""))
-    cloze = Cloze(base, tokenizer, template, Verbalizer.parse(WORDS))
+    cloze = Cloze(base, tokenizer, template, Verbalizer.parse(VERBALIZER))
     expected = evaluate_cloze(base, cloze, cloze.encode(load_cloze(data, template)))
     assert result.frozen == {name: pytest.approx(value, abs=1e-5) for name, value in expected.items()}
     samples = json.loads((result.folder / "samples.json").read_text())
@@ -163,68 +135,6 @@ def test_candidates_of_all_data_and_of_a_file(tmp_path: Path) -> None:
         out = str(tmp_path / f"run{count}")
         result = run(recipe(tmp_path, train_file, candidates=candidates, out=out, steps=1, **common))
         assert len(json.loads((result.folder / "verbalizer.json").read_text())["words"]) == count
-
-
-# ---- the base model tuned along ----------------------------------------------------------------------------------
-
-
-def tuned(tmp_path: Path, data: Path, **changes: Any) -> Recipe:
-    return recipe(tmp_path, data, base_learning_rate=0.003, base_dropout=False, save_steps=2, **changes)
-
-
-def test_a_tuned_base_is_saved_with_the_prompt_and_found_again(tmp_path: Path, data: Path, shell: Shell) -> None:
-    settings = tuned(tmp_path, data, optimizer=None)
-    result = run(settings)
-    assert result.recipe.optimizer == "adamw"
-    before = AutoModelForCausalLM.from_pretrained(settings.model)
-    after = AutoModelForCausalLM.from_pretrained(result.folder / "base")
-    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
-    assert all(moved) or result.best_step == 0
-    found = json.loads(shell.ok("eval", "--prompt", result.folder, "--eval", data, "--json", "--device", "cpu"))
-    assert found == {"prompt": {name: pytest.approx(value, abs=1e-5) for name, value in result.best.items()}}
-    assert result.best["loss"] < result.start["loss"]
-    said = shell.ok("generate", "--prompt", result.folder, "--file", data).split()
-    right = sum(word == str(row["label"]).lower() for word, row in zip(said, ROWS, strict=True)) / len(ROWS)
-    assert right == pytest.approx(result.best["accuracy"])
-    config = json.loads((result.folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(result.folder / "base")
-    assert json.loads((result.folder / "summary.json").read_text())["classifies"]  # nothing to compare with
-    with pytest.raises(ConfigError, match=r"trained along with .*leave --model out"):
-        open_prompted(result.folder, settings.model)
-    shutil.rmtree(result.folder / "base")
-    with pytest.raises(CheckpointError, match="trained along with its base model"):
-        open_prompted(result.folder, None)
-
-
-def test_the_two_learning_rates(tmp_path: Path, data: Path) -> None:
-    from softprompt.train import Trainer
-    from softprompt.train.run_folder import RunFolder
-
-    settings = tuned(tmp_path, data).resolved()
-    trainer = Trainer.load(settings, RunFolder.check_free(settings.out), None, Console(quiet=True))
-    groups = {group["peak"]: sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups}
-    base = trainer.model.get_base_model()
-    assert groups[0.003] == sum(parameter.numel() for parameter in base.parameters())
-    assert groups[0.02] == sum(parameter.numel() for parameter in trainer.model.prompt_encoder.parameters())
-    assert len(groups) == 2
-
-
-def test_a_resumed_run_with_a_tuned_base_ends_with_the_same_bits(tmp_path: Path, data: Path) -> None:
-    whole = run(tuned(tmp_path, data))
-
-    def stop(row: dict[str, Any]) -> None:
-        if row["step"] == 3:
-            import signal
-
-            signal.raise_signal(signal.SIGINT)
-
-    second = tuned(tmp_path, data, out=str(tmp_path / "again"))
-    with pytest.raises(RunInterrupted):
-        run(second, on_step=stop)
-    resumed = run(second, resume=True)
-    assert resumed.best == whole.best
-    for name in ("base/model.safetensors", "adapter_model.safetensors"):
-        assert (whole.folder / name).read_bytes() == (resumed.folder / name).read_bytes()
 
 
 # ---- virtual tokens inside a template for generation -------------------------------------------------------------
@@ -346,7 +256,7 @@ def test_the_verbalizer_on_the_command_line(tmp_path: Path, data: Path, shell: S
         "train", "--model", settings.model, "--train", data, "--out", tmp_path / "run", "--task", "CLOZE",
         "--template", TEMPLATE, "--verbalizer", "true=great|yes yes,false=bad", "--steps", 1, "--method", "p_tuning",
     )  # fmt: skip
-    assert Recipe.from_yaml(tmp_path / "run" / "recipe.yaml").verbalizer == WORDS
+    assert Recipe.from_yaml(tmp_path / "run" / "recipe.yaml").verbalizer == VERBALIZER
 
 
 def test_rows_that_were_cut_are_counted(tmp_path: Path, shell: Shell) -> None:

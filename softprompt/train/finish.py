@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from softprompt.model import SoftPromptModel
 from softprompt.recipe import Recipe
 from softprompt.report import write_report
 from softprompt.report.nearest import nearest_tokens
+from softprompt.template import Template
 from softprompt.train.run_folder import SAMPLES, SUMMARY
 from softprompt.train.tuned_base import restore_base
 
@@ -100,7 +102,11 @@ def _summary(trainer: Trainer, result: RunResult) -> dict[str, Any]:
 
 def generate_command(recipe: Recipe, text: str = "…") -> str:
     """The shell command that uses a run's prompt."""
-    model = "" if recipe.model == "embedded" else f" --model {shlex.quote(recipe.model)}"
+    found_by_itself = recipe.model == "embedded" or recipe.base_learning_rate is not None
+    model = "" if found_by_itself else f" --model {shlex.quote(recipe.model)}"
+    if recipe.task == "CLOZE" and recipe.template:
+        fields = dict.fromkeys(Template(recipe.template).fields, text)
+        text = json.dumps(fields, ensure_ascii=False) if len(fields) > 1 else text
     task = f" --task {shlex.quote(next(iter(recipe.tasks)))}" if recipe.tasks else ""
     return f"softprompt generate{model} --prompt {shlex.quote(recipe.out)}{task} --input {shlex.quote(text)}"
 
