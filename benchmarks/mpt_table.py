@@ -16,10 +16,10 @@ MAIN = {
     "peft": "PEFT's MPT, mean of the sources",
     "mpt": "MPT, mean of the sources",
     "nearest": "MPT, the source that fits the k rows best",
-    "scratch": "MPT's form, without sources",
 }
 WHY = {  # each differs from "mpt" in one thing
-    "folded": "P ∘ u vᵀ multiplied out at the start",
+    "scratch": "no sources: P* from a text, u and v 1",
+    "folded": "a plain prompt, started at P* ∘ u vᵀ",
     "untaught": "no teachers (λ = 0)",
     "small": "no teachers, and u, v from N(0, 0.02) as in PEFT",
     "heavy": "λ = 4",

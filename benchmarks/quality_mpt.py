@@ -1,7 +1,7 @@
 """Does a prompt learnt on six tasks help on a seventh? Multitask prompt tuning beside plain prompts and PEFT.
 
     python benchmarks/quality_mpt.py                   runs what is missing, writes the table
-    python benchmarks/quality_mpt.py --arms folded,untaught,small,heavy,shared,long,three   what it depends on
+    python benchmarks/quality_mpt.py --arms scratch,folded,untaught,small,heavy,shared,long,three   what it depends on
     python benchmarks/quality_mpt.py --table           only writes benchmarks/results/mpt.md
 
 The embedded model; tasks of mpt_tasks.py. Sources: `softprompt train` on all of them at once, with a teacher each. For
@@ -197,7 +197,7 @@ class Bench:
             return self.peft_multitask("AVERAGE_SOURCE_TASKS", 1, **{place: str(file)})
         if arm == "nearest":
             return self.nearest(examples)
-        if arm == "mpt" or (arm in WHY and arm != "folded"):
+        if arm == "mpt" or (arm in WHY and arm not in ("folded", "scratch")):
             return self.multitask(**average, **{place: str(self.source_of(arm))})
         torch.manual_seed(draw)
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS)
@@ -235,12 +235,15 @@ class Bench:
             examples, rows = load_examples(file, template=TEMPLATE), self.encoded(file)
         model = self.start(arm, examples, draw)
         scored = (self.kept if draw == GRID_DRAW else self.tests)[target]
-        before, start = score(model, scored, self.tokenizer), vectors_of(model)
+        start = vectors_of(model)
+        same = [] if arm in ("plain", "nearest", "scratch") else self.find(arm=arm, target=target)
+        same = [row for row in same if (row["draw"] == GRID_DRAW) == (draw == GRID_DRAW)]
+        before = same[0]["start_loss"] if same else score(model, scored, self.tokenizer)["loss"]
         order = BatchOrder([len(row.input_ids) for row in rows], SMALL_BATCH, draw)
         fit(model, rows, order, STEPS, setting[0] if arm == "peft" else rates(arm, setting), self.tokenizer)
         scores = score(model, scored, self.tokenizer)
         moved = round(float((vectors_of(model) - start).norm() / start.norm()), 3)
-        return self.record({**scores, "start_loss": before["loss"], "moved": moved}, **key)
+        return self.record({**scores, "start_loss": before, "moved": moved}, **key)
 
     def best_rates(self, arm: str) -> tuple[float, float | None]:
         """By the mean loss over the targets on rows and a draw that are not among those reported."""
@@ -316,10 +319,10 @@ def score(model: Any, rows: Sequence[Encoded], tokenizer: Any) -> dict[str, floa
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def run(bench: Bench, arms: Sequence[str], draws: int) -> None:
+def run(bench: Bench, arms: Sequence[str], draws: Sequence[int]) -> None:
     """Draw by draw, so that a run that is stopped has something of everything."""
     chosen = {arm: bench.best_rates(arm) for arm in arms}
-    for draw in range(draws):
+    for draw in draws:
         for shots in SHOTS:
             for target in TARGETS:
                 for arm in arms:
@@ -330,7 +333,7 @@ def run(bench: Bench, arms: Sequence[str], draws: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=200, help="steps of source training")
-    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--draws", type=int, nargs="+", default=list(range(DRAWS)), help="which draws of k rows")
     parser.add_argument("--arms", default=",".join(MAIN), help=f"of {', '.join(ARMS)}, separated by commas")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "softprompt-mpt")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
