@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from softprompt.checkpoint import SavedAdapter
-from softprompt.config import KVConfig, PromptConfig
+from softprompt.config import EmbeddingConfig, KVConfig, PromptConfig
 from softprompt.methods import MultitaskPromptTuningConfig
 from softprompt.pairs import each_once
 from softprompt.prompt import KV, METHODS, KVPrompt
@@ -27,7 +27,8 @@ class PromptFacts:
     """All that `softprompt show` prints. `token_norms` has one mean norm per virtual token.
 
     `layers` is filled for keys and values, `nearest` (token and cosine, best first, per virtual token) for prompts in
-    input space when the base model is at hand. `several` are the tasks of a prompt that has more than one.
+    input space when the base model is at hand. `several` are the tasks of a prompt that has more than one, `template` is
+    there where its virtual tokens stand inside the text.
     """
 
     method: str
@@ -42,6 +43,7 @@ class PromptFacts:
     layers: list[LayerNorms] = field(default_factory=list)
     nearest: list[list[tuple[str, float]]] = field(default_factory=list)
     several: list[str] = field(default_factory=list)
+    template: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,10 +76,11 @@ def tasks_of(config: PromptConfig) -> list[str]:
 
 def describe(saved: SavedAdapter, folder: Path) -> PromptFacts:
     """Facts about an adapter that need no base model."""
-    config, prompt = saved.config, saved.tensors["prompt_embeddings"].float()
+    config, stored = saved.config, saved.tensors["prompt_embeddings"].float()
     kv, method = saved_kv(saved), method_name(config.peft_type)
-    sizes = {name: tensor.numel() for name, tensor in saved.tensors.items()}
-    own = sum(size for name, size in sizes.items() if name in METHODS[method].saved_names)
+    prompt = stored[: len(stored) // config.saved_copies] if kv is None else kv.flat()  # PEFT's form has it twice
+    others = {name: tensor.numel() for name, tensor in saved.tensors.items() if name != "prompt_embeddings"}
+    own = prompt.numel() + sum(size for name, size in others.items() if name in METHODS[method].saved_names)
     return PromptFacts(
         method=method,
         task=str(config.task_type) if config.task_type else None,
@@ -85,8 +88,9 @@ def describe(saved: SavedAdapter, folder: Path) -> PromptFacts:
         virtual_tokens=config.num_virtual_tokens,
         shape=tuple(prompt.shape),
         parameters=own,
-        head_parameters=sum(sizes.values()) - own,
+        head_parameters=prompt.numel() + sum(others.values()) - own,
         several=tasks_of(config),
+        template=config.template if isinstance(config, EmbeddingConfig) else None,
         bytes=sum(path.stat().st_size for path in folder.glob("adapter_model.*") if path.is_file()),
         token_norms=token_norms(kv) if kv else prompt.norm(dim=1).tolist(),
         layers=layer_norms(kv) if kv else [],

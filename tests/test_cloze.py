@@ -57,6 +57,9 @@ def test_train_eval_and_generate(answer: Answer, tmp_path: Path, data: Path, she
     said = shell.ok("generate", "--prompt", result.folder, "--file", data, "--device", "cpu").split()
     right = sum(word == str(row["label"]).lower() for word, row in zip(said, ROWS, strict=True)) / len(ROWS)
     assert right == pytest.approx(result.best["accuracy"])
+    shown = json.loads(shell.ok("show", result.folder, "--json"))
+    assert shown["template"] == TEMPLATE and len(shown["nearest"]) == 3
+    assert "[P1]" in shell.ok("show", result.folder)
     one = shell.ok("generate", "--prompt", result.folder, "--input", ROWS[0]["text"], "--device", "cpu")
     assert one.strip() == said[0]
     metrics = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]

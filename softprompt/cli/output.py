@@ -79,6 +79,7 @@ def print_facts(console: Console, prompt: Path, facts: PromptFacts, note: str = 
         "tasks": ", ".join(facts.several),
         "base model": facts.base_model or "–",
         "virtual tokens": str(facts.virtual_tokens),
+        "template": facts.template or "",
         "shape": " × ".join(map(str, facts.shape)),
         "parameters": f"{facts.parameters:,}",
         "of a task head": f"{facts.head_parameters:,}" if facts.head_parameters else "",

@@ -190,9 +190,10 @@ def facts_of(prompt: Path, model: str | None, nearest: int) -> tuple[PromptFacts
         return facts, "give --model to see the vocabulary tokens nearest to each virtual token"
     name = base_name(model, recipe, prompt)
     tokenizer = load_tokenizer(name)
-    words = load_base(name, tokenizer).get_input_embeddings().weight
+    cloze = read_cloze(prompt) is not None
+    words = load_base(name, tokenizer, cloze=cloze).get_input_embeddings().weight
     assert isinstance(words, Tensor)
-    vectors = saved.tensors["prompt_embeddings"]
+    vectors = saved.tensors["prompt_embeddings"][: facts.shape[0]]
     if vectors.shape[1] != words.shape[1]:
         raise ConfigError(f"{prompt} has vectors of width {vectors.shape[1]}, but {name} has embeddings of width "
                           f"{words.shape[1]}; give the base model it was made for")  # fmt: skip
