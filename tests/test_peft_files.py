@@ -18,7 +18,7 @@ import softprompt
 from softprompt import SoftPromptModel
 from softprompt.checkpoint import load_adapter
 from softprompt.cli.use import convert_prompt
-from softprompt.inspect_prompt import saved_kv
+from softprompt.inspect_prompt import describe, saved_kv
 
 pytestmark = [  # PEFT's own, on every use
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -154,6 +154,8 @@ def test_a_prefix_of_an_encoder_decoder_can_be_shown_and_converted(tmp_path: Pat
     assert kv is not None and len(kv.layers) == len(expected.layers) == 2
     parts: list[tuple[Tensor, Tensor]] = list(zip(sum(kv.layers, ()), sum(expected.layers, ()), strict=True))
     assert all(torch.equal(one, other) for one, other in parts)
+    facts = describe(load_adapter(tmp_path / "saved"), tmp_path / "saved")
+    assert facts.parameters == sum(one.numel() for one, _ in parts) and len(facts.layers) == 2
     convert_prompt(tmp_path / "saved", "prefix", tmp_path / "prefix", None)
     convert_prompt(tmp_path / "saved", "peft", tmp_path / "peft", None)
     for folder in ("prefix", "peft"):
@@ -179,3 +181,14 @@ def test_training_goes_on_with_a_prompt_of_peft(tmp_path: Path, method: str) -> 
     assert not torch.allclose(outputs(cell, trained), outputs(cell, theirs), atol=1e-2)
     with pytest.raises(ValueError, match="Cannot set a prompt learning adapter to trainable"):
         peft.PeftModel.from_pretrained(cell.base(), str(tmp_path / "ours"), is_trainable=True)
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"])
+def test_a_prompt_that_is_written_twice_is_shown_once(tmp_path: Path, method: str) -> None:
+    cell = Cell(method, "bart", "SEQ_2_SEQ_LM")
+    ours = cell.ours()
+    ours.save_pretrained(tmp_path)
+    facts = describe(load_adapter(tmp_path), tmp_path)
+    tasks = 2 * 2 * (peft_cells.TOKENS + 32) if method == "MULTITASK_PROMPT_TUNING" else 0
+    assert facts.parameters == 32 * peft_cells.TOKENS + tasks and facts.head_parameters == 0
+    assert facts.shape == (peft_cells.TOKENS, 32) and len(facts.token_norms) == peft_cells.TOKENS
