@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.data.cloze import ClozeExample
-from softprompt.errors import ConfigError, UnsupportedError
+from softprompt.errors import ConfigError, DataError, UnsupportedError
 from softprompt.recipe import ANSWER_LOSSES, WORD_SCORES
 from softprompt.template import Answer, Template, TemplateRow, collate_rows, encode_rows
 from softprompt.template.encode import sentinel_id
@@ -110,7 +110,12 @@ class Cloze:
         return self.words.label_scores(words.view(len(rows), count))
 
     def loss(self, model: nn.Module, rows: Sequence[EncodedCloze]) -> Tensor:
-        """Mean over the rows of −log P(label | labels), or with "vocabulary" of −log P(its words | all tokens)."""
+        """Mean over the rows of −log P(label | labels), or with "vocabulary" of −log P(its words | all tokens).
+
+        DataError for a row without a label.
+        """
+        if any(row.label < 0 for row in rows):
+            raise DataError("a row has no label, or none that is a candidate, so there is nothing to learn; drop it")
         if self.answer_loss == "labels":
             target = torch.tensor([row.label for row in rows])
             scores = self.scores(model, rows)

@@ -183,6 +183,8 @@ def test_a_generation_template_with_slots(tmp_path: Path, shell: Shell) -> None:
     assert " ".join(one.split()) == said[1]
     frozen = shell.ok("generate", "--prompt", result.folder, "--input", PAIRS[1]["text"], "--frozen")
     plain = shell.ok("generate", "--prompt", result.folder, "--input", f"{PAIRS[1]['text']} :", "--frozen")
+    status, _, error = shell.run("generate", "--prompt", result.folder, "--input", "the cat", "--raw")
+    assert status == 2 and "needs slots" in error
     assert frozen != plain  # the text is the field, and the template stands around it
 
 

@@ -214,6 +214,8 @@ def test_an_answer_that_is_no_candidate_counts_as_wrong() -> None:
     assert (found["outside"], found["majority"], found["rows"]) == (1, 0.5, 4)
     scores = cloze.scores(base, rows[:1])[0].detach()
     assert found["loss"] == pytest.approx(float(-(scores[0] + 2 * scores[1]) / 3), abs=1e-5)
+    with pytest.raises(DataError, match="nothing to learn"):
+        cloze.loss(base, rows)
     with pytest.raises(DataError, match="no answer in the data is one of the candidates"):
         evaluate_cloze(base, cloze, rows[2:3])
     with pytest.raises(DataError, match="no examples"):
