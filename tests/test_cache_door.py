@@ -327,7 +327,12 @@ def test_a_cache_without_a_mask(family: str, method: str) -> None:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "falcon_alibi"])
 def test_a_static_cache(family: str, method: str) -> None:
     model, ids = make(family, method), ids_of(9)
-    cache = StaticCache(config=model.get_base_model().config, max_cache_len=20)
+    base = model.get_base_model()
+    try:
+        base(input_ids=ids, past_key_values=StaticCache(config=base.config, max_cache_len=20))
+    except RuntimeError as error:
+        pytest.skip(f"this version's {family} itself takes no static cache without a mask: {error}")
+    cache = StaticCache(config=base.config, max_cache_len=20)
     with torch.no_grad():
         outputs = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([5, 3, 1], dim=1)]
     close(torch.cat(outputs, dim=1), naive.logits(model, ids)[0])

@@ -1,12 +1,14 @@
 """The cache door while a model trains, fails, is shared or copied; closed, the base model is exactly as it was."""
 
 import copy
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import families
 import families_cache
+import naive
 import pytest
 import tiny
 import torch
@@ -246,8 +248,18 @@ def test_a_recording_keeps_its_gradient_under_checkpointing() -> None:
 
 
 def test_a_decoder_that_the_door_gets_wrong_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"RoFormerForCausalLM .*bloom, mpt, falcon or gptj"):
-        get_peft_model(families_cache.build("roformer"), PromptTuningConfig())
+    """Or is right: in some versions of transformers the door reaches it."""
+    model, refusal = None, ""
+    try:
+        model = get_peft_model(families_cache.build("roformer"), PromptTuningConfig()).eval()
+    except UnsupportedError as error:
+        refusal = str(error)
+    if model is None:
+        assert re.search(r"RoFormerForCausalLM .*bloom, mpt, falcon or gptj", refusal)
+        return
+    batch = tiny.ragged(side="left")
+    for row, got, mask in zip(naive.rows(batch), model(**batch).logits, batch["attention_mask"], strict=True):
+        close(got[mask.bool()], naive.logits(model, row)[0][0])
 
 
 def test_other_backends_are_refused() -> None:
