@@ -48,6 +48,11 @@ class Geometry:
         """
         if self.no_prefix:
             raise UnsupportedError(f"{self.no_prefix}; use prompt_tuning or p_tuning.")
+        if config.prefix_always_visible and not any(layer.window for layer in self.layers):
+            raise ConfigError(
+                "prefix_always_visible is for models with a sliding window, which no layer here that takes a prefix "
+                "has; leave it unset."
+            )
         if not self.encoder_decoder and (config.cross_prefix or config.encoder_prefix or not config.decoder_prefix):
             raise ConfigError(
                 "decoder_prefix, cross_prefix and encoder_prefix choose between the attentions of an encoder-decoder, "

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
-from families import build
+from families import FAMILIES, build
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
@@ -135,6 +135,13 @@ def test_what_is_always_visible_stays_so_when_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     usual = get_peft_model(build("mistral_window", "CAUSAL_LM"), TWO_KINDS["prefix"](task_type="CAUSAL_LM")).eval()
     assert (usual(**batch).logits[1] - model(**batch).logits[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "bert", "t5"])
+def test_without_a_window_nothing_needs_to_be_always_visible(family: str) -> None:
+    config = PrefixTuningConfig(num_virtual_tokens=COUNT, prefix_always_visible=True)
+    with pytest.raises(ConfigError, match="prefix_always_visible is for models with a sliding window"):
+        get_peft_model(build(family, FAMILIES[family].tasks[0]), config)
 
 
 # ---- layers of different shapes ----------------------------------------------------------------------------------
