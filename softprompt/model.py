@@ -21,6 +21,7 @@ from softprompt.prompt import KV, METHODS, EmbeddingPrompt, Embeddings, SoftProm
 from softprompt.prompt import evaluating as _evaluating
 from softprompt.running import Run
 from softprompt.stacking import freeze, unwrapped
+from softprompt.state import leave_base_out
 from softprompt.status import ModelStatus, model_status
 
 
@@ -59,8 +60,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         self.add_adapter(adapter_name, peft_config)
         freeze(model)  # last: a config that does not fit leaves the model as it was
         self.set_adapter(adapter_name)
-        self.register_state_dict_post_hook(_leave_out_base)
-        self.register_load_state_dict_post_hook(_do_not_miss_base)
+        leave_base_out(self)
 
     # ---- adapters ------------------------------------------------------------------------------------------------
 
@@ -383,15 +383,3 @@ def _for_hub(options: dict[str, Any]) -> dict[str, Any]:
         if name not in (*for_hub, *without_effect):
             raise ConfigError(f"loading an adapter has no option {name!r}; it has {', '.join(for_hub)}.")
     return {name: value for name, value in options.items() if name in for_hub}
-
-
-def _leave_out_base(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """The frozen model is nobody's to save here; its tied weights and swapped heads would also be there twice."""
-    for name in [name for name in state if name.startswith(f"{prefix}base_model.")]:
-        del state[name]
-
-
-def _do_not_miss_base(model: nn.Module, incompatible: Any) -> None:
-    """Nor is it missing from what is loaded."""
-    own = {f"base_model.{name}" for name in model.get_submodule("base_model").state_dict()}
-    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in own]
