@@ -46,3 +46,18 @@ def trained_by_peft(module: nn.Module) -> bool:
     """Whether this is a head that PEFT trains and saves beside its adapters."""
     other = sys.modules.get("peft.utils.other")
     return other is not None and isinstance(module, other.ModulesToSaveWrapper)
+
+
+def trained_in(model: nn.Module) -> set[str]:
+    """The names of the parameters that PEFT's layers and heads in a model train."""
+    layers, other = (sys.modules.get(f"peft.{name}") for name in ("tuners.tuners_utils", "utils.other"))
+    if layers is None or other is None:
+        return set()
+    kinds = (layers.BaseTunerLayer, other.AuxiliaryTrainingWrapper)
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, kinds)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
