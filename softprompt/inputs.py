@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from softprompt.errors import ConfigError
 
@@ -23,6 +25,19 @@ def with_mask(inputs: dict[str, Any], always: bool = False) -> dict[str, Any]:
     ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
     assert ids is not None
     return {**inputs, "attention_mask": torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)}
+
+
+def with_pooling_mask(inputs: dict[str, Any], base: PreTrainedModel, slots: Tensor | None) -> dict[str, Any]:
+    """The inputs of a sequence classifier with a mask over the padding behind its rows, if none is given.
+
+    A decoder's classifier looks for a row's last token by the padding id; where vectors take the ids' place it cannot.
+    """
+    ids, padding = inputs.get("input_ids"), base.config.get_text_config().pad_token_id
+    classifies = type(base).__name__.endswith("ForSequenceClassification")
+    if ids is None or padding is None or inputs.get("attention_mask") is not None or not classifies:
+        return inputs
+    empty = ids == padding if slots is None else (ids == padding) & (slots < 0).to(ids.device)
+    return {**inputs, "attention_mask": 1 - empty.long().flip(1).cumprod(1).flip(1)}
 
 
 def cached(inputs: dict[str, Any]) -> bool:

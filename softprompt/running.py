@@ -33,6 +33,7 @@ from softprompt.inputs import (
     labels_tokens,
     packed,
     with_mask,
+    with_pooling_mask,
     without_cache,
 )
 from softprompt.losses import with_kept_logits, with_span_loss
@@ -177,7 +178,8 @@ class Run:
         if cached(inputs):
             with self.door.open(None):
                 return self.base(**self._behind(inputs, prompt.length))
-        inputs, placement = self._placed(with_mask(inputs, always=True), prompt, "left")
+        inputs = with_mask(with_pooling_mask(inputs, self.base, self.slots), always=True)
+        inputs, placement = self._placed(inputs, prompt, "left")
         with self.door.open(None):
             return placement.restore(self.base(**inputs))
 

@@ -107,6 +107,11 @@ def check_against_the_plain_formulation(cell: Cell, model: SoftPromptModel) -> N
         gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
         for name, got, wanted in zip(parameters, gradients, expected, strict=True):
             close(got, wanted, f"gradient of {name}, padded on the {side}")
+    if cell.task == "SEQ_CLS" and cell.kind in ("decoder", "hybrid"):  # whose heads find the last token by the ids
+        batch = conformance.collate(cell, rows, "right")
+        del batch["attention_mask"]
+        with torch.no_grad():
+            close(model(**batch).logits, torch.stack([each["logits"] for each in alone]), "logits without a mask")
 
 
 def check_training(cell: Cell, model: SoftPromptModel) -> None:
