@@ -39,8 +39,8 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
     """A frozen base model with one or more named prompts, one of them active.
 
     Outputs cover real tokens only (logits `[B, T, V]`); real tokens stand at positions p, p+1, … counted from the
-    attention mask, so padding on either side changes nothing. `state_dict()` holds prompts, heads and trained LoRA, so a
-    checkpoint of a training loop does not repeat the frozen model.
+    attention mask, so padding on either side changes nothing. `state_dict()` holds prompts, heads and trained LoRA, so
+    that a checkpoint of a training loop does not repeat the frozen model.
     """
 
     def __init__(
