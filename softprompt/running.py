@@ -114,14 +114,17 @@ class Run:
     def _forward_beyond_text(self, inputs: dict[str, Any]) -> Any:
         """Rows with images and the like stay as they are: the model looks for their places among the ids."""
         if not (self.folds and self.geometry.causal):
-            raise UnsupportedError(
-                f"this prompt stands inside the rows of {type(self.base).__name__}, which cannot have images or other "
-                "media there; use a model of attention alone with placement='front', or prefix_tuning."
-            )
+            raise self._no_media()
         if labels_tokens(inputs):
             check_first_labels(inputs)
         with self.door.open(self.as_kv()):
             return self.base(**inputs)
+
+    def _no_media(self) -> UnsupportedError:
+        return UnsupportedError(
+            f"this prompt stands inside the rows of {type(self.base).__name__}, which cannot have images or other "
+            "media there; use a model of attention alone with placement='front', or prefix_tuning."
+        )
 
     def _forward_rows(self, inputs: dict[str, Any]) -> Any:
         """Where a row's own columns matter: on encoders (heads read column 0), and with a label for every token."""
@@ -233,6 +236,8 @@ class Run:
         """
         if not self.geometry.causal:
             raise UnsupportedError(f"{type(self.base).__name__} is an encoder, which cannot generate.")
+        if beyond_text(kwargs):
+            raise self._no_media()
         inputs = dict(kwargs)
         inputs["input_ids"] = given = _given_ids(args, inputs)
         if given is None and inputs.get("inputs_embeds") is None:

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
-from softprompt import KV, ConfigError, PrefixTuningConfig, PromptTuningConfig, SoftPromptModel, get_peft_model
+from softprompt import (
+    KV,
+    ConfigError,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    SoftPromptModel,
+    UnsupportedError,
+    get_peft_model,
+)
 
 IMAGE = tiny.VOCAB - 1
 CONFIGS: dict[str, Any] = {
@@ -90,3 +98,11 @@ def test_a_label_that_nothing_predicts_is_refused() -> None:
     model, inputs = make("llava", "prompt_tuning"), row("llava")
     with pytest.raises(ConfigError, match=r"label on its first token.*−100"):
         model(**inputs, labels=inputs["input_ids"])
+
+
+def test_images_beside_a_prompt_inside_the_row_are_refused() -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, placement="after_bos")
+    model, inputs = get_peft_model(build("llava", "CAUSAL_LM"), config).eval(), row("llava")
+    for run in (model, model.generate):
+        with pytest.raises(UnsupportedError, match=r"inside the rows of Llava.*use a model of attention alone"):
+            run(**inputs)
