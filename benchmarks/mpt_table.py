@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from common import RESULTS, Records, machine, spread_of, table
 from mpt_tasks import SOURCES, TARGETS, TEST
 
 TOKENS, BATCH, WARMUP = 20, 16, 0.06
-SHOTS, DRAWS, WHY_SHOTS = (16, 32, 64), 5, 32
+SHOTS, DRAWS = (16, 32, 64), 5
+WHY_SHOTS, WHY_DRAWS = 32, 3  # of what the result depends on
 STEPS, SMALL_BATCH = 40, 8  # of an adaptation
 TEACHER_STEPS = 80
 MAIN = {
@@ -58,21 +60,40 @@ def write_table(records: Records) -> str:
             "moved",
         ]
         parts.append(f"**{target}**\n\n" + table(header, lines))
-    if any(arm in WHY for arm in done):
-        lines = [
-            [{"mpt": "MPT as above", **WHY}[arm], *(_cell([r for r in done[arm] if r["target"] == t], WHY_SHOTS, "loss")
-                                                    for t in TARGETS), _source_loss(rows, arm)]
-            for arm in ("mpt", *WHY) if arm in done
-        ]  # fmt: skip
-        header = [
-            "what is different",
-            *(f"{target}, k = {WHY_SHOTS}" for target in TARGETS),
-            "mean loss on the sources",
-        ]
-        parts.append("**What it depends on** (loss)\n\n" + table(header, lines))
+    parts.append("**All targets and k together**: loss against a prompt of its own on the same rows\n\n" + _pairs(done))
+    parts.append(_what_it_depends_on(rows, done))
     text = "\n".join(parts) + "\n" + _footer(rows, done)
     (RESULTS / "mpt.md").write_text(text, encoding="utf-8")
     return text
+
+
+def _pairs(done: dict[str, list[dict[str, Any]]]) -> str:
+    """How often, and by how much in the mean, each arm's loss is below that of a plain prompt on the same rows."""
+
+    def by_draw(arm: str) -> dict[tuple[Any, ...], float]:
+        return {(row["target"], row["shots"], row["draw"]): row["loss"] for row in done[arm]}
+
+    own, lines = by_draw("plain"), []
+    for arm in (arm for arm in done if arm in MAIN and arm != "plain"):
+        apart = {key: loss - own[key] for key, loss in by_draw(arm).items() if key in own}
+        means = [statistics.mean(value for key, value in apart.items() if key[0] == target) for target in TARGETS]
+        wins = f"{sum(value < 0 for value in apart.values())} of {len(apart)}"
+        lines.append([MAIN[arm], wins, f"{statistics.mean(apart.values()):+.3f}", *(f"{mean:+.3f}" for mean in means)])
+    return table(["arm", "lower in", "mean difference", *TARGETS], lines)
+
+
+def _what_it_depends_on(rows: list[dict[str, Any]], done: dict[str, list[dict[str, Any]]]) -> str:
+    """The arms that differ from MPT in one thing, as far as they are done, and MPT, on the same draws."""
+    first = {arm: [row for row in found if row["draw"] < WHY_DRAWS] for arm, found in done.items()}
+    first = {arm: [row for row in found if row["shots"] == WHY_SHOTS] for arm, found in first.items()}
+    whole = [arm for arm in ("mpt", *WHY) if len(first.get(arm, [])) == WHY_DRAWS * len(TARGETS)]
+    lines = []
+    for arm in whole:
+        cells = [_cell([row for row in first[arm] if row["target"] == target], WHY_SHOTS, "loss") for target in TARGETS]
+        mean = f"{statistics.mean(row['loss'] for row in first[arm]):.3f}"
+        lines.append([{"mpt": "MPT as above", **WHY}[arm], *cells, mean, _source_loss(rows, arm)])
+    head = f"**What it depends on**: loss, k = {WHY_SHOTS}, {WHY_DRAWS} draws\n\n"
+    return head + table(["what is different", *TARGETS, "mean", "loss on the sources"], lines)
 
 
 def _chosen(rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
