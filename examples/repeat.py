@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     values = {**read_yaml(given.recipe), **{name: yaml.safe_load(value) for name, value in settings.items()}}
     found = []
     for seed in range(given.seeds):
-        out = Path(given.out) / f"{Path(given.recipe).stem}-{'-'.join(settings.values()).replace('/', '_')}{seed}"
+        name = "-".join([Path(given.recipe).stem, *settings.values(), f"seed{seed}"])
+        out = Path(given.out) / name.replace("/", "_")
         found.append(one_seed({**values, "train": given.train, "eval": given.eval, "seed": seed}, out, given))
     print(row(values, found))
 

@@ -68,7 +68,7 @@ def load_base(
         options["ignore_mismatched_sizes"] = True  # a head for other labels is replaced, as a missing one is made
     path = resolve_model(name)
     try:
-        with _quiet():
+        with quietly():
             if label_names is None and (cloze or _is_encoder_decoder(path)):
                 auto = language_model_class(path)
             model, report = auto.from_pretrained(path, output_loading_info=True, **options)
@@ -106,7 +106,7 @@ def language_model_class(path: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' bar, which a small model outruns, and its report that a new head is new."""
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.errors import CheckpointError
+from softprompt.loading import quietly
 from softprompt.model import SoftPromptModel
 from softprompt.train.run_folder import BASE
 
@@ -28,7 +29,8 @@ def save_base(model: SoftPromptModel, tokenizer: PreTrainedTokenizerBase, folder
     target, new, old = (folder / name for name in (BASE, f"{BASE}.tmp", f"{BASE}.old.tmp"))
     try:
         shutil.rmtree(new, ignore_errors=True)
-        model.get_base_model().save_pretrained(new)
+        with quietly():
+            model.get_base_model().save_pretrained(new)
         tokenizer.save_pretrained(new)
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
@@ -45,7 +47,8 @@ def save_base(model: SoftPromptModel, tokenizer: PreTrainedTokenizerBase, folder
 def restore_base(model: SoftPromptModel, folder: Path) -> None:
     """The base model's weights as they were saved."""
     base = model.get_base_model()
-    saved = type(base).from_pretrained(folder / BASE, dtype=base.dtype)
+    with quietly():
+        saved = type(base).from_pretrained(folder / BASE, dtype=base.dtype)
     base.load_state_dict(saved.state_dict())
 
 
