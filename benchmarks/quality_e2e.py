@@ -32,10 +32,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt import SoftPromptModel
 from softprompt.data import Encoded, Example, collate, encode_all, expand, load_examples
-from softprompt.defaults import defaults_for
 from softprompt.evaluate import evaluate_loss, generate_texts, pad_id, score_texts
 from softprompt.loading import load_base, load_tokenizer, resolve_model
 from softprompt.recipe import EMBEDDED, Recipe
+from softprompt.recipe.defaults import defaults_for
 from softprompt.train import train
 from softprompt.train.batches import BatchOrder, rate_factor, spread
 from softprompt.train.run_data import starting_text

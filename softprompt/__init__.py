@@ -9,10 +9,7 @@ from softprompt.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
-from softprompt.compare import compare_prompts, initialize_from_prompt
-from softprompt.compose import compose_cartridge_adapters, compose_prefixes
 from softprompt.config import PromptConfig, TaskType
-from softprompt.ensemble import PromptEnsemble
 from softprompt.errors import CheckpointError, ConfigError, DataError, SoftPromptError, UnsupportedError
 from softprompt.initialize import (
     initialize_from_text,
@@ -52,7 +49,10 @@ from softprompt.model import (
     get_peft_model,
 )
 from softprompt.prompt import KV, Embeddings, SoftPrompt
-from softprompt.task_prompts import fold_task
+from softprompt.together.compare import compare_prompts, initialize_from_prompt
+from softprompt.together.compose import compose_cartridge_adapters, compose_prefixes
+from softprompt.together.ensemble import PromptEnsemble
+from softprompt.together.tasks import fold_task
 
 PeftConfig = PromptConfig
 __version__ = "0.1.0"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.cloze import Cloze, EncodedCloze
-from softprompt.context_loss import rows_alone
 from softprompt.data import IGNORED, Encoded, EncodedLabel, Example, collate, input_rows, source_rows
 from softprompt.errors import DataError
+from softprompt.running.context_loss import rows_alone
 
 
 @contextmanager
@@ -107,13 +107,13 @@ def evaluate_cloze(
     logs = scores.log_softmax(-1) if cloze.answer_loss == "labels" else scores
     right = int((scores.argmax(-1) == labels).sum())
     share = "accuracy" if cloze.verbalizer.closed else "p_at_1"
-    found = {
+    found: dict[str, float] = {
         share: right / len(encoded),
         "loss": float(-logs[known, labels[known]].mean()),
         "majority": int(counts.max()) / len(encoded),
         "rows": len(encoded),
     }
-    remarks = {"outside": int((~known).sum()), "cut": sum(row.row.cut > 0 for row in encoded)}
+    remarks: dict[str, float] = {"outside": int((~known).sum()), "cut": sum(row.row.cut > 0 for row in encoded)}
     return found | {name: count for name, count in remarks.items() if count}
 
 

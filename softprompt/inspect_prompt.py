@@ -27,8 +27,8 @@ class PromptFacts:
     """All that `softprompt show` prints. `token_norms` has one mean norm per virtual token.
 
     `layers` is filled for keys and values, `nearest` (token and cosine, best first, per virtual token) for prompts in
-    input space when the base model is at hand. `several` are the tasks of a prompt that has more than one, `template` is
-    there where its virtual tokens stand inside the text.
+    input space when the base model is at hand. `several` are the tasks of a prompt that has more than one; a
+    `template` is there where its virtual tokens stand inside the text.
     """
 
     method: str

@@ -13,13 +13,13 @@ from transformers.utils.hub import PushToHubMixin
 
 from softprompt import checkpoint
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
-from softprompt.drafting import drafting
 from softprompt.errors import ConfigError
 from softprompt.heads import Heads, with_default_heads
 from softprompt.probe import find_door, word_table
 from softprompt.prompt import KV, METHODS, EmbeddingPrompt, Embeddings, SoftPrompt
 from softprompt.prompt import evaluating as _evaluating
 from softprompt.running import Run
+from softprompt.running.drafting import drafting
 from softprompt.stacking import freeze, unwrapped
 from softprompt.state import leave_base_out
 from softprompt.status import ModelStatus, model_status

@@ -17,6 +17,7 @@ from transformers import BertModel
 from softprompt import SoftPromptModel
 from softprompt.cli.prompted import open_prompted
 from softprompt.cloze import Cloze
+from softprompt.cloze.verbalizer import Verbalizer
 from softprompt.data.cloze import load_cloze
 from softprompt.errors import ConfigError, DataError, SoftPromptError, TrainingError
 from softprompt.evaluate import evaluate_cloze
@@ -24,7 +25,6 @@ from softprompt.loading import load_base, load_tokenizer
 from softprompt.recipe import Recipe
 from softprompt.template import Answer, Template
 from softprompt.train import train
-from softprompt.verbalizer import Verbalizer
 
 FACTS = [
     {"sub": sub, "obj": obj, "relation": relation}

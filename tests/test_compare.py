@@ -23,7 +23,7 @@ from softprompt import (
     get_peft_model,
     initialize_from_prompt,
 )
-from softprompt.compare import read_prompts, similarity
+from softprompt.together.compare import read_prompts, similarity
 
 P, D = 4, 32
 

@@ -23,10 +23,10 @@ from softprompt import (
     get_peft_model,
     initialize_from_text,
 )
-from softprompt.context_loss import answer_weights
 from softprompt.data import Encoded
 from softprompt.evaluate import evaluate_loss
 from softprompt.methods.cpt import context_of
+from softprompt.running.context_loss import answer_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own
 

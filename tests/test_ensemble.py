@@ -17,7 +17,7 @@ from softprompt import (
     SoftPromptModel,
     get_peft_model,
 )
-from softprompt.ensemble import mean_probabilities, most_votes
+from softprompt.together.ensemble import mean_probabilities, most_votes
 
 P, N = 4, 3
 CONFIGS: dict[str, Any] = {

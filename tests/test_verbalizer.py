@@ -21,11 +21,11 @@ from softprompt import (
     get_peft_model,
 )
 from softprompt.cloze import Cloze, EncodedCloze, answer_of
+from softprompt.cloze.verbalizer import Verbalizer
 from softprompt.data.cloze import ClozeExample
 from softprompt.errors import ConfigError, DataError, UnsupportedError
 from softprompt.evaluate import evaluate_cloze, predict_cloze
 from softprompt.template import Answer, Template
-from softprompt.verbalizer import Verbalizer
 
 TEMPLATE = "{a} [P1] question : {b} ? [P*2] answer [P1] : [MASK] ."
 WORDS = {"pos": ["yes", "yes home"], "neg": ["no", "bad"], "so": ["maybe the red house"]}  # of one and several tokens

@@ -150,7 +150,7 @@ def train(
     from softprompt.train import train as run
 
     if verbalizer is not None:
-        from softprompt.verbalizer import Verbalizer
+        from softprompt.cloze.verbalizer import Verbalizer
 
         given["verbalizer"] = {label: list(words) for label, words in Verbalizer.parse(verbalizer).words.items()}
     settings = build_recipe(recipe, resume, given)
@@ -311,7 +311,7 @@ def compare(
 ) -> None:
     """Compare prompts of several tasks: the cosine between each two, from −1 to 1."""
     from softprompt.cli.output import print_comparison
-    from softprompt.compare import compare_prompts
+    from softprompt.together.compare import compare_prompts
 
     comparison = compare_prompts(prompts, metric)
     if as_json:

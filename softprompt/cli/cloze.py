@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.checkpoint import SavedAdapter
 from softprompt.cloze import Cloze
+from softprompt.cloze.verbalizer import Verbalizer
 from softprompt.config import EmbeddingConfig
 from softprompt.data.cloze import ClozeExample, cloze_example
 from softprompt.data.rows import Row, read_rows
@@ -16,7 +17,6 @@ from softprompt.errors import CheckpointError, ConfigError
 from softprompt.recipe import Recipe
 from softprompt.template import Template
 from softprompt.train.run_folder import VERBALIZER
-from softprompt.verbalizer import Verbalizer
 
 
 def read_cloze(prompt: Path) -> dict[str, Any] | None:

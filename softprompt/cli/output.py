@@ -14,7 +14,7 @@ from softprompt.inspect_prompt import PromptFacts, summary
 from softprompt.methods import METHODS
 
 if TYPE_CHECKING:
-    from softprompt.compare import Comparison
+    from softprompt.together.compare import Comparison
     from softprompt.train import RunResult
 
 FORMATS = {

@@ -22,8 +22,8 @@ from softprompt.errors import CheckpointError, ConfigError, DataError
 from softprompt.loading import EMBEDDED, load_base, load_tokenizer
 from softprompt.model import SoftPromptModel
 from softprompt.recipe import Recipe
-from softprompt.task_prompts import task_of
-from softprompt.tasks import of_task
+from softprompt.recipe.tasks import of_task
+from softprompt.together.tasks import task_of
 from softprompt.train.run_data import context_length
 from softprompt.train.run_folder import BASE, RECIPE, SUMMARY
 from softprompt.train.tuned_base import tuned_base

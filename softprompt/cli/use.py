@@ -36,8 +36,8 @@ from softprompt.pairs import twice
 from softprompt.prompt import KV
 from softprompt.recipe import Recipe, did_you_mean
 from softprompt.report.nearest import nearest_tokens
-from softprompt.task_prompts import fold_task
 from softprompt.template import Template
+from softprompt.together.tasks import fold_task
 
 Scores = dict[str, dict[str, float]]
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softprompt.cloze.verbalizer import Verbalizer, label_text
 from softprompt.data.columns import checked, column_of, is_number, scalar, short
 from softprompt.data.rows import Row, read_rows
 from softprompt.errors import ConfigError, DataError
 from softprompt.template import Field, Slot, Template, Words
-from softprompt.verbalizer import Verbalizer, label_text
 
 LABEL_COLUMN = "label"
 

@@ -20,9 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from softprompt.doors.positions import true_positions
 from softprompt.doors.widen import in_front, widen, widen_bias
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.positions import true_positions
 from softprompt.prompt import KV
 
 BACKENDS = ("sdpa", "eager")

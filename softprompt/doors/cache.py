@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from softprompt.doors.attention import BACKENDS, AttentionDoor, Recording
+from softprompt.doors.positions import true_positions
 from softprompt.doors.prefixed_cache import (
     PrefixedCache,
     additive,
@@ -29,7 +30,6 @@ from softprompt.doors.prefixed_cache import (
 )
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.inputs import packed
-from softprompt.positions import true_positions
 from softprompt.prompt import KV
 
 CACHE_NAMES = ("layer_past", "past_key_values")

@@ -2,7 +2,8 @@
 
 A cartridge is a trained cache: every layer's keys and values of p tokens, Z = (z_1 … z_p) with z_i ∈ R^{2×d} per
 layer, usually started from the cache of a text's first p tokens. The first ones stay as they were started:
-they are what attention falls back on, and training them is unstable. Cartridges are composed by `softprompt.compose`.
+they are what attention falls back on, and training them is unstable. `softprompt.together.compose` puts cartridges
+behind each other.
 """
 
 from collections.abc import Mapping

@@ -19,7 +19,7 @@ from softprompt.methods import METHODS, MultitaskPromptTuningConfig
 from softprompt.model import SoftPromptModel, get_peft_model
 from softprompt.prompt import SoftPrompt
 from softprompt.recipe import Recipe, did_you_mean, options_for
-from softprompt.recipe_cloze import slots_of
+from softprompt.recipe.cloze import slots_of
 from softprompt.template import Answer
 from softprompt.train.run_data import starting_text, vocabulary_text
 

@@ -8,13 +8,13 @@ from typing import final
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.cloze import Cloze
+from softprompt.cloze.verbalizer import Verbalizer
 from softprompt.data.cloze import ClozeExample, as_text, candidates_of, load_cloze
 from softprompt.errors import DataError
 from softprompt.recipe import Recipe
 from softprompt.template import Template
 from softprompt.train.batches import spread
 from softprompt.train.run_data import RunData, Source, row_length
-from softprompt.verbalizer import Verbalizer
 
 
 @final

@@ -25,7 +25,7 @@ from softprompt.methods import METHODS, MultitaskPromptTuningConfig
 from softprompt.model import SoftPromptModel, get_peft_model
 from softprompt.prompt import EmbeddingPrompt, evaluating
 from softprompt.recipe import Recipe
-from softprompt.tasks import teacher_recipe
+from softprompt.recipe.tasks import teacher_recipe
 from softprompt.train.run_folder import RECIPE, SUMMARY, RunFolder
 
 TEACHERS = "teachers"

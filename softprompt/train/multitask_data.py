@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt.data import Encoded, Example, expand, load_examples
 from softprompt.evaluate import evaluate_loss
 from softprompt.recipe import Recipe
-from softprompt.tasks import task_data
+from softprompt.recipe.tasks import task_data
 from softprompt.train.batches import batches_per_epoch, spread
 from softprompt.train.run_data import EVAL_PAIRS, RunData, Source, as_text, encode_texts
 

@@ -28,7 +28,7 @@ from softprompt.data.cloze import ClozeExample
 from softprompt.errors import ConfigError
 from softprompt.geometry import Geometry
 from softprompt.recipe import Recipe
-from softprompt.recipe_cloze import slots_of
+from softprompt.recipe.cloze import slots_of
 from softprompt.train.batches import spread
 
 EVAL_PAIRS = 400  # held-out pairs scored during training unless the recipe says otherwise; `softprompt eval` takes all

@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
-from softprompt.defaults import defaults_for
 from softprompt.errors import ConfigError
+from softprompt.recipe.defaults import defaults_for
 
 EMBEDDED = "embedded"  # the name under which a recipe asks for the model that ships inside the package
 
@@ -134,7 +134,7 @@ class Recipe:
         for name, kind in _field_types().items():
             object.__setattr__(self, name, checked(name, getattr(self, name), kind))
         if self.verbalizer:
-            from softprompt.recipe_cloze import plain_labels  # here because that module builds on this one
+            from softprompt.recipe.cloze import plain_labels  # here because that module builds on this one
 
             object.__setattr__(self, "verbalizer", plain_labels(self.verbalizer))
         _check_choices(self)
@@ -184,7 +184,7 @@ class Recipe:
         elif self.init is None and (self.source or any("init" in name for name in self.method_options)):
             changes["init"] = "random"  # the method's own option decides
         changes["method_options"] = {**table.method_options, **self.method_options}
-        from softprompt.recipe_cloze import template_settings  # here because that module builds on this one
+        from softprompt.recipe.cloze import template_settings  # here because that module builds on this one
 
         changes.update(template_settings(self))
         return self.replace(**changes)
@@ -321,8 +321,8 @@ def _check_combinations(recipe: Recipe) -> None:
         raise ConfigError(f"init_from is set but init is {recipe.init!r}; use init: prompt, or drop init_from")
     if recipe.template and (recipe.input_column or (recipe.target_column and recipe.task != "CLOZE")):
         raise ConfigError("both a template and input_column/target_column are set; give one of the two")
-    from softprompt.recipe_cloze import check_base_rate, check_cloze  # here because these modules build on this one
-    from softprompt.tasks import check_tasks
+    from softprompt.recipe.cloze import check_base_rate, check_cloze  # here because these modules build on this one
+    from softprompt.recipe.tasks import check_tasks
 
     check_cloze(recipe)
     check_base_rate(recipe)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from softprompt.cloze.verbalizer import Verbalizer, WordTable
 from softprompt.data.cloze import ClozeExample
 from softprompt.errors import ConfigError, DataError, UnsupportedError
 from softprompt.recipe import ANSWER_LOSSES, WORD_SCORES
 from softprompt.template import Answer, Template, TemplateRow, collate_rows, encode_rows
 from softprompt.template.encode import sentinel_id
-from softprompt.verbalizer import Verbalizer, WordTable
 
 CHUNK = 64  # sequences per forward pass
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
-from softprompt.context_loss import forward_with_context
 from softprompt.doors.cache import Door
 from softprompt.doors.decoder import check_decoding
 from softprompt.doors.embedding import embed, fill_slots, place, take
@@ -36,8 +35,9 @@ from softprompt.inputs import (
     with_pooling_mask,
     without_cache,
 )
-from softprompt.losses import with_kept_logits, with_span_loss
 from softprompt.prompt import KV, Embeddings
+from softprompt.running.context_loss import forward_with_context
+from softprompt.running.span_loss import with_kept_logits, with_span_loss
 
 
 @dataclass(frozen=True)

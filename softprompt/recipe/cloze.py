@@ -41,7 +41,7 @@ def check_base_rate(recipe: Recipe) -> None:
 
 def plain_labels(verbalizer: Mapping[Any, Any]) -> dict[str, Any]:
     """Labels as text, each with its word or list of words: YAML reads the label true as a truth value."""
-    from softprompt.verbalizer import Verbalizer
+    from softprompt.cloze.verbalizer import Verbalizer
 
     words = Verbalizer.parse(verbalizer).words
     return {label: each[0] if len(each) == 1 else list(each) for label, each in words.items()}
