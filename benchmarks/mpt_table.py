@@ -39,20 +39,21 @@ RATES: dict[str, list[tuple[float, float | None]]] = {
     "peft": [(0.6, None), (1.2, None), (2.4, None)],
 }
 
-READING = """**What it says.** The paper's claim, that MPT is better than separately tuned prompts, holds here where the target is
-like a source: `weather` (cards to sentences, as `describe`) and `near` (a name to copy, as `name`). On `area` the two are
-even. On `sentiment`, which is like no source, MPT is worse with 16 and 32 rows. Differences are mostly smaller than the
-deviation between draws; the last two targets have two answers each, and their accuracy is near chance or jumps.
+READING = """**What it says.** The paper's claim, that MPT is better than separately tuned prompts, holds here where the
+target is like a source: `weather` (cards to sentences, as `describe`) and `near` (a name to copy, as `name`). On `area`
+the two are even. On `sentiment`, which is like no source, MPT is worse with 16 and 32 rows. Most differences are smaller
+than the deviation between draws; the last two targets have two answers each, so exact answers are near chance or jump.
 
 - *Sources, not form.* Without sources the same form loses on `weather` and `near`, and wins on the other two.
-- *Too few and too different sources.* The mean of six tasks' u and v is no task's: at the start its loss on `area` is that
-  of a random prompt. From the one source that fits the k rows, `weather` gains twice as much, and unlike targets lose.
-- *Learning rates.* The best rates here are high, as for a prompt of its own: a prompt moves several lengths of its start,
-  so that little of the start is left after 40 steps.
-- *Initial scale.* u and v from N(0, 0.02) instead of 1, everything else the same: the sources end clearly higher, and so
-  does the mean over the targets. That is a part of what keeps PEFT's MPT behind a prompt of its own; AdamW with one rate
-  is the other, and PEFT has no teachers.
-- *λ and T.* Teachers lower the loss on the sources a little; on the targets their effect is within the deviation.
+- *Too few and too different sources.* The mean of six tasks' u and v is no task's: at the start its loss on `area` is
+  that of a random prompt. From the one source that fits the k rows `weather` gains twice as much, and the targets that
+  are like no source lose.
+- *Learning rates.* The best rates are high, for a prompt of its own too: a prompt moves several lengths of its start, so
+  that little of the start is left after 40 steps.
+- *Initial scale.* With u and v from N(0, 0.02) instead of 1 and everything else the same, the loss on the sources ends
+  clearly higher, and the mean over the targets is higher too. PEFT's MPT starts there; that it is trained by AdamW with
+  one rate, and has no teachers, are its other differences from ours, not told apart here.
+- *Teachers.* They lower the loss on the sources a little; on the targets their effect is within the deviation.
 """
 
 
