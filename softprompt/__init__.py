@@ -9,6 +9,8 @@ from softprompt.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from softprompt.cloze import Cloze
+from softprompt.cloze.verbalizer import Verbalizer
 from softprompt.config import PromptConfig, TaskType
 from softprompt.errors import CheckpointError, ConfigError, DataError, SoftPromptError, UnsupportedError
 from softprompt.initialize import (
@@ -49,6 +51,7 @@ from softprompt.model import (
     get_peft_model,
 )
 from softprompt.prompt import KV, Embeddings, SoftPrompt
+from softprompt.template import Template
 from softprompt.together.compare import compare_prompts, initialize_from_prompt
 from softprompt.together.compose import compose_cartridge_adapters, compose_prefixes
 from softprompt.together.ensemble import PromptEnsemble
@@ -72,6 +75,7 @@ __all__ = [
     "CartridgeConfig",
     "CartridgeEncoder",
     "CheckpointError",
+    "Cloze",
     "ConfigError",
     "DataError",
     "Embeddings",
@@ -101,7 +105,9 @@ __all__ = [
     "SoftPromptError",
     "SoftPromptModel",
     "TaskType",
+    "Template",
     "UnsupportedError",
+    "Verbalizer",
     "__version__",
     "compare_prompts",
     "compose_cartridge_adapters",

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from softprompt import (
+    KV,
     Embeddings,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -308,7 +309,7 @@ def test_embeddings_narrower_than_the_layers(method: str) -> None:
     assert model.peft_config["default"].token_dim == (32 if "prefix" in method else 12)
 
 
-def test_layers_that_are_one_layer_take_vectors_only() -> None:
+def test_one_layer_run_three_times_has_three_prefixes() -> None:
     config = AlbertConfig(
         vocab_size=tiny.VOCAB, embedding_size=12, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
         intermediate_size=48, num_labels=3, pad_token_id=0,
@@ -317,8 +318,20 @@ def test_layers_that_are_one_layer_take_vectors_only() -> None:
     model = get_peft_model(base, METHODS["prompt_tuning"](task_type="SEQ_CLS")).eval()
     batch = tiny.ragged(side="left")
     close(model(**batch).logits, torch.cat([naive(model, row).logits for row in rows_of(batch)]))
-    with pytest.raises(UnsupportedError, match=r"one attention layer several times.*prompt_tuning"):
-        model.add_adapter("prefix", METHODS["prefix"]())
+    model.add_adapter("prefix", METHODS["prefix"]())
+    model.set_adapter("prefix")
+    prefix = model.encoder().prompt()
+    assert isinstance(prefix, KV) and len(prefix.layers) == 3
+    before = model(**batch).logits
+    table = model.encoder().embedding.weight
+    for number in range(3):  # each run has its own: any one of them matters
+        kept = table.detach().clone()
+        with torch.no_grad():
+            table.view(COUNT, 3, -1)[:, number] += 1
+        assert (model(**batch).logits - before).abs().max() > 1e-4
+        with torch.no_grad():
+            table.copy_(kept)
+    close(model(**batch).logits, model(**tiny.ragged(side="right")).logits)
 
 
 def test_an_encoder_cannot_fold_vectors() -> None:
