@@ -47,14 +47,14 @@ the deviation between draws; the last two targets have two answers each, so exac
 - *The start, not the form.* A plain prompt that starts where MPT starts does as well. Without sources the form loses on
   `weather` and `near`, and wins on the other two.
 - *Not too few sources, but too different ones.* With three sources the result is no worse, if anything better. The mean
-  of six tasks' u and v is no task's: at the start its loss on `area` is that of a random prompt. From the one source that
+  of six tasks' u and v is no task's: at the start its loss on `area` is that of a random prompt. From the source that
   fits the k rows `weather` gains twice as much, and the targets that are like no source lose.
-- *Learning rates.* The best rates are high, for a prompt of its own too. u and v that learn slowly on the sources leave a
-  worse prompt there and for the targets like them.
+- *Learning rates.* The best rates are high, for a prompt of its own too. u and v that learn slowly on the sources leave
+  a worse prompt there and for the targets like them.
 - *Initial scale.* With u and v from N(0, 0.02) instead of 1 and everything else the same, the loss on the sources ends
   clearly higher, and the mean over the targets is higher too. PEFT's MPT starts there; that it is trained by AdamW with
   one rate, and has no teachers, are its other differences from ours, not told apart here.
-- *λ.* Teachers lower the loss on the sources a little, λ = 4 raises it; on the targets the effect is within the deviation.
+- *λ.* Teachers lower the loss on the sources a little, λ = 4 raises it; on the targets this is within the deviation.
 """
 
 
