@@ -24,7 +24,7 @@ FOLDERS = {
     "examples": "recipes to copy from",
     "tests": "mirrors the package; offline, on tiny models",
     "scripts": "what made the embedded model, and what makes the generated documents",
-    "docs": "support.md: what runs on what; data, templates, prompts-together, peft; first-run.md: what `make demo` prints",
+    "docs": "support.md: what runs on what; data, templates, prompts-together, peft; first-run.md",
 }
 
 
