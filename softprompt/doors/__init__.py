@@ -1,1 +1,4 @@
-"""The two ways into a frozen model: `embedding` puts vectors into the input, `attention` adds keys and values."""
+"""The ways into a frozen model: vectors enter its input (`embedding`, `encoder`, `decoder`), keys and values its layers.
+
+`attention` reaches layers through transformers' attention interface, `cache` those of models that attend otherwise.
+"""

@@ -59,7 +59,7 @@ class Run:
         assert isinstance(placement, Placement)
         if (slots is None) == (placement is Placement.TEMPLATE):
             wanted = "needs slots (encode the rows with its template)" if slots is None else "takes no slots"
-            raise ConfigError(f"a prompt with placement={placement.value!r} {wanted}; see PromptConfig.placement.")
+            raise ConfigError(f"a prompt with placement={placement.value!r} {wanted}; see EmbeddingConfig.placement.")
         return Run(door, geometry, prompt, placement, slots)
 
     @property
