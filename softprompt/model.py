@@ -14,9 +14,10 @@ from transformers.utils.hub import PushToHubMixin
 from softprompt import checkpoint
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
 from softprompt.errors import ConfigError
+from softprompt.fitting import fitted, method_of
 from softprompt.heads import Heads, with_default_heads
 from softprompt.probe import find_door, word_table
-from softprompt.prompt import KV, METHODS, EmbeddingPrompt, Embeddings, SoftPrompt
+from softprompt.prompt import KV, EmbeddingPrompt, Embeddings, SoftPrompt
 from softprompt.prompt import evaluating as _evaluating
 from softprompt.running import Run
 from softprompt.running.drafting import drafting
@@ -73,21 +74,12 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         self._install(adapter_name, config, self._build(config))
 
     def _fill(self, config: PromptConfig) -> PromptConfig:
-        method = _method_of(config)
-        context = self.geometry.context
-        if context is not None and config.num_virtual_tokens >= context:
-            raise ConfigError(
-                f"num_virtual_tokens={config.num_virtual_tokens} leaves no room in this model's context of {context} "
-                "tokens; use fewer virtual tokens."
-            )
-        if config.num_transformer_submodules == 2 and not self.geometry.encoder_decoder:
-            raise ConfigError("num_transformer_submodules=2 is for encoder-decoders, which this model is not; use 1.")
+        filled = fitted(config, self.geometry)
         name = config.base_model_name_or_path or self.base_model.name_or_path or None
-        filled = method.fill(config, self.geometry)
         return replace(filled, base_model_name_or_path=name, modules_to_save=with_default_heads(config))
 
     def _build(self, config: PromptConfig) -> SoftPrompt:
-        encoder = _method_of(config)(config, self.base_model.get_input_embeddings())
+        encoder = method_of(config)(config, self.base_model.get_input_embeddings())
         return encoder.to(device=word_table(self.base_model).device, dtype=torch.float32)
 
     def _install(self, name: str, config: PromptConfig, encoder: SoftPrompt) -> None:
@@ -365,14 +357,6 @@ PeftModel = SoftPromptModel
 # PEFT has one class per head; here nothing depends on the head, so its names mean the one class.
 PeftModelForCausalLM = PeftModelForSequenceClassification = PeftModelForTokenClassification = SoftPromptModel
 PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModelForSeq2SeqLM = SoftPromptModel
-
-
-def _method_of(config: PromptConfig) -> type[SoftPrompt]:
-    for method in METHODS.values():
-        if type(config) is method.config_class:
-            return method
-    known = ", ".join(method.config_class.__name__ for method in METHODS.values())
-    raise ConfigError(f"{type(config).__name__} belongs to no method here; use one of {known}.")
 
 
 def _for_hub(options: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ ignores: the encoder the prompt came from, to go on training with. Reading trust
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from softprompt.checkpoint.config_file import CONFIG_NAME, config_to_json, method_of, parse_config, read_config
-from softprompt.checkpoint.files import locate, need, write_files
+from softprompt.checkpoint.config_file import CONFIG_NAME, config_to_json, parse_config, read_config
+from softprompt.checkpoint.files import Find, locate, need, write_files
 from softprompt.checkpoint.guard import (
     check_adapter_name,
     check_finite,
@@ -25,8 +26,9 @@ from softprompt.checkpoint.guard import (
     read_metadata,
     read_tensors,
 )
+from softprompt.checkpoint.promise import Promise, encoder_shapes, promise_of, read_promise
 from softprompt.config import KVConfig, PromptConfig
-from softprompt.errors import CheckpointError, SoftPromptError
+from softprompt.errors import CheckpointError
 from softprompt.geometry import Geometry
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "check_fits",
     "load_adapter",
     "load_config",
+    "read_adapter",
     "read_kv_file",
     "save_adapter",
     "write_config",
@@ -77,14 +80,14 @@ def save_adapter(
     folder = Path(folder)
     text = config_to_json(config).encode()
     config = parse_config(text, folder / CONFIG_NAME)
-    shapes = _prompt_shapes(config, folder / CONFIG_NAME)
+    shapes = promise_of(config, folder / CONFIG_NAME).shapes
     plain = _plain(tensors)
     check_layouts(folder / WEIGHTS_NAME, _layouts(plain), shapes, config.modules_to_save)
     check_finite(folder / WEIGHTS_NAME, plain)
     kept = None
     if encoder is not None and tuple(encoder) != ("embedding.weight",):
         state = _plain(encoder)
-        check_layouts(folder / ENCODER_NAME, _layouts(state), _encoder_shapes(config, folder / CONFIG_NAME), None)
+        check_layouts(folder / ENCODER_NAME, _layouts(state), encoder_shapes(config, folder / CONFIG_NAME), None)
         kept = _pack(check_finite(folder / ENCODER_NAME, state), {_PROMPT_DIGEST: _digest(plain, shapes)})
     # an old encoder goes first: should the machine stop half-way, what is left is a prompt without one, never a mixture
     write_files(folder, [(ENCODER_NAME, None), (WEIGHTS_NAME, _pack(plain)), (ENCODER_NAME, kept), (CONFIG_NAME, text)])
@@ -104,18 +107,30 @@ def load_adapter(
     `subfolder`: where a named adapter lies in the folder of several. The rest is for the hub alone.
     """
     find = locate(path_or_hub_id, subfolder, revision, cache_dir, token, local_files_only)
-    config_path = need(find, CONFIG_NAME, path_or_hub_id)
-    config = replace(read_config(config_path), inference_mode=True)  # whatever it says: its start is over
-    shapes = _prompt_shapes(config, config_path)
+    saved = read_adapter(find, path_or_hub_id)
+    return replace(saved, config=deepcopy(saved.config))  # nobody's changes to its lists reach another adapter's
+
+
+def read_adapter(
+    find: Find, asked: str | Path, check: Callable[[Promise, str], None] = lambda promised, source: None
+) -> SavedAdapter:
+    """Read an adapter from where `find` finds its files; `asked` is what the user called it. Raises CheckpointError.
+
+    `check` sees what the config promises, and where it stands, before a tensor is read. Adapters with the same
+    `adapter_config.json` share the config.
+    """
+    config_path = need(find, CONFIG_NAME, asked)
+    promised, source = read_promise(config_path), str(config_path.parent)
+    check(promised, source)
     weights = find(WEIGHTS_NAME) or find(OLD_WEIGHTS_NAME)
     if weights is None:
         raise CheckpointError(
-            f"{config_path.parent} has a {CONFIG_NAME} but neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME}; copy the "
-            f"whole adapter."
+            f"{source} has a {CONFIG_NAME} but neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME}; copy the whole adapter."
         )
-    tensors = read_tensors(weights, shapes, config.modules_to_save)
-    encoder = _load_encoder(find(ENCODER_NAME), config, config_path, _digest(tensors, shapes))
-    return SavedAdapter(config, tensors, encoder, source=str(config_path.parent))
+    tensors = read_tensors(weights, promised.shapes, promised.config.modules_to_save)
+    kept = find(ENCODER_NAME)
+    encoder = None if kept is None else _load_encoder(kept, config_path, promised, tensors)
+    return SavedAdapter(promised.config, tensors, encoder, source)
 
 
 def load_config(path_or_hub_id: str | Path, revision: str | None = None, **options: Any) -> PromptConfig:
@@ -215,32 +230,6 @@ def _pack(tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None)
     return to_safetensors(tensors, metadata={"format": "pt", **(metadata or {})})
 
 
-def _prompt_shapes(config: PromptConfig, path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of the prompt's own tensors, from the trained-down module on the meta device."""
-    config = replace(config, inference_mode=True)
-    state, method = _state_shapes(config, path), method_of(config.peft_type, path)
-    shapes = {name: list(state[own]) for name, own in method.saved_names.items()}
-    for name, dim in method.token_dims.items():
-        shapes[name][dim] *= config.saved_copies
-    return {name: tuple(shape) for name, shape in shapes.items()}
-
-
-def _encoder_shapes(config: PromptConfig, path: Path) -> dict[str, tuple[int, ...]]:
-    """Of the encoder as it was trained, with the layers of its model."""
-    paired = isinstance(config, KVConfig) and config.paired
-    layers = (config.num_layers or 0) // 2 if paired else config.num_layers
-    return _state_shapes(replace(config, inference_mode=False, num_layers=layers or None), path)
-
-
-def _state_shapes(config: PromptConfig, path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with torch.device("meta"):
-            module = method_of(config.peft_type, path)(config)
-    except SoftPromptError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return {name: tuple(each.shape) for name, each in module.state_dict().items()}
-
-
 def _digest(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
     """What ties an encoder to the prompt it was saved with."""
     digest = hashlib.sha256()
@@ -249,10 +238,8 @@ def _digest(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _load_encoder(path: Path | None, config: PromptConfig, config_path: Path, digest: str) -> dict[str, Tensor] | None:
-    if path is None:
-        return None
-    encoder = read_tensors(path, _encoder_shapes(config, config_path))
-    if read_metadata(path).get(_PROMPT_DIGEST) != digest:
+def _load_encoder(path: Path, config_path: Path, promised: Promise, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    encoder = read_tensors(path, encoder_shapes(promised.config, config_path))
+    if read_metadata(path).get(_PROMPT_DIGEST) != _digest(tensors, promised.shapes):
         raise CheckpointError(f"{path} was not saved together with the prompt beside it; delete it to use the prompt.")
     return encoder

@@ -6,10 +6,12 @@ in it are only ever shown. Everything wrong with it is one CheckpointError that 
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -69,12 +71,17 @@ def _default(each: Field) -> Any:
 
 def read_config(path: Path) -> PromptConfig:
     """The config in the file `path`. Raises CheckpointError."""
+    return parse_config(config_bytes(path), path)
+
+
+def config_bytes(path: Path) -> bytes:
+    """What stands in the file `path`, up to a byte more than a config may have. Raises CheckpointError."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
+        with open(path, "rb", buffering=0) as file:
+            wanted = min(os.fstat(file.fileno()).st_size, MAX_CONFIG_BYTES) + 1
+            return file.read(wanted)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return parse_config(data, path)
 
 
 def parse_config(data: bytes, path: Path) -> PromptConfig:
@@ -82,7 +89,7 @@ def parse_config(data: bytes, path: Path) -> PromptConfig:
     values = _parse_json(data, path)
     method = method_of(values.get("peft_type"), path)
     config_class = method.config_class
-    hints = get_type_hints(config_class)
+    hints = _hints(config_class)
     known = {each.name for each in fields(config_class)}
     for name, value in values.items():
         if name in known:
@@ -100,6 +107,11 @@ def parse_config(data: bytes, path: Path) -> PromptConfig:
         return config_class(**{name: value for name, value in values.items() if name in known})
     except SoftPromptError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+@cache
+def _hints(config_class: type[PromptConfig]) -> Mapping[str, Any]:
+    return get_type_hints(config_class)
 
 
 def _check_sizes(values: Mapping[str, Any], key_values: bool, path: Path) -> None:

@@ -46,7 +46,7 @@ def locate(
     path = Path(asked)
     try:
         if path.is_dir():
-            return partial(_find_local, path, subfolder, _cache_blobs(path))
+            return local_files(path, subfolder)
         plainly_a_path = path.is_absolute() or (path.parent != Path() and path.parent.is_dir())
         if path.exists():
             raise CheckpointError(f"{asked} is a file; give the folder that holds {CONFIG_NAME}.")
@@ -58,8 +58,13 @@ def locate(
     return partial(_find_on_hub, str(asked), subfolder, options)
 
 
-def _find_local(folder: Path, subfolder: str, roots: tuple[Path, ...], name: str) -> Path | None:
-    return file_inside(folder, str(Path(subfolder) / name), roots)
+def local_files(folder: Path, subfolder: str = "") -> Find:
+    """The files of an adapter in a folder on this machine."""
+    return partial(_find_local, folder, subfolder)
+
+
+def _find_local(folder: Path, subfolder: str, name: str) -> Path | None:
+    return file_inside(folder, str(Path(subfolder) / name) if subfolder else name, partial(_cache_blobs, folder))
 
 
 def _cache_blobs(folder: Path) -> tuple[Path, ...]:
@@ -93,7 +98,7 @@ def _find_on_hub(repo_id: str, subfolder: str, options: Mapping[str, Any], name:
         raise CheckpointError(
             f"there is no folder {repo_id!r} here, and the hub gave no such adapter ({reason(error)}); check the path."
         ) from error
-    return file_inside(path.parent, path.name, roots=(Path(options["cache_dir"] or HF_HUB_CACHE),))
+    return file_inside(path.parent, path.name, lambda: (Path(options["cache_dir"] or HF_HUB_CACHE),))
 
 
 def write_files(folder: Path, contents: Sequence[tuple[str, bytes | None]]) -> None:

@@ -4,6 +4,8 @@ Nothing is unpickled except by `torch.load(weights_only=True)`, which builds ten
 types, shapes and sizes are compared with what the config promises before a byte of tensor data is read.
 """
 
+import math
+import os
 import pickle
 import stat
 import zipfile
@@ -13,18 +15,14 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from softprompt.checkpoint.tensor_file import DTYPES, HEADER_BYTES, Layout, read_file, read_text
 from softprompt.errors import CheckpointError
 
-HEADER_BYTES = 1_000_000  # a safetensors header, or the records beside the data in a .bin file
 HEAD_BYTES = 16 << 30  # room for task heads, whose shapes only the base model knows
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
 _TAKEN_NAMES = frozenset(dir(nn.ModuleDict())) | {"__base__"}
-
-Layout = tuple[tuple[int, ...], torch.dtype | str]
-"""Shape and type of one stored tensor; a type that no checkpoint may hold stays the file's own word for it."""
 
 
 def check_adapter_name(name: Any) -> str:
@@ -49,17 +47,19 @@ def check_subfolder(subfolder: str) -> str:
     return subfolder
 
 
-def file_inside(folder: Path, name: str, roots: tuple[Path, ...] = ()) -> Path | None:
+def file_inside(folder: Path, name: str, roots: Callable[[], tuple[Path, ...]] = tuple) -> Path | None:
     """The regular file `name` (a relative path) in `folder`, or None where there is none.
 
-    A link may only lead to somewhere in `folder` or in one of `roots` (the hub's cache keeps its files in another
+    A link may only lead to somewhere in `folder` or in one of `roots()` (the hub's cache keeps its files in another
     folder); pipes and devices would block or never end. Raises CheckpointError.
     """
     path = folder / name
     try:
+        if os.path.basename(name) == name and stat.S_ISREG(os.lstat(path).st_mode):
+            return path  # what is not a link lies where it is
         real = path.resolve(strict=True)
         mode = real.stat().st_mode
-        allowed = [root.resolve() for root in (folder, *roots)]
+        allowed = [root.resolve() for root in (folder, *roots())]
     except FileNotFoundError:
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link to nothing; copy the adapter again.") from None
@@ -87,7 +87,7 @@ def read_tensors(
     The file must hold exactly the names in `shapes`, with these shapes, and besides them only tensors of the modules
     `heads`. Raises CheckpointError that names the file and the reason.
     """
-    need = 8 * sum(_count(shape) for shape in shapes.values())
+    need = 8 * sum(math.prod(shape) for shape in shapes.values())
     _check_size(path, need + HEADER_BYTES + (HEAD_BYTES if heads else 0))
     read = _read_safetensors if path.suffix == ".safetensors" else _read_bin
     return check_finite(path, read(path, lambda found: check_layouts(path, found, shapes, heads)))
@@ -106,8 +106,8 @@ def read_any_tensors(path: Path, check: Callable[[dict[str, Layout]], None]) -> 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The text metadata of a `.safetensors` file. Raises CheckpointError."""
-    with _damage(path), safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+    with _damage(path):
+        return read_text(path)
 
 
 def check_layouts(
@@ -133,8 +133,8 @@ def check_layouts(
 
 def _check_types(path: Path, found: Mapping[str, Layout]) -> None:
     for name, (shape, dtype) in found.items():
-        counter = dtype in ("I64", torch.int64) and shape == ()  # such as a batch norm's num_batches_tracked
-        if dtype not in _FLOATS.values() and not counter:
+        counter = dtype is torch.int64 and shape == ()  # such as a batch norm's num_batches_tracked
+        if dtype not in _FLOATS and not counter:
             raise CheckpointError(
                 f"{path}: {_short(name)} has type {str(dtype).removeprefix('torch.')}; a prompt is made of real "
                 f"numbers (float32, float16, bfloat16 or float64)."
@@ -146,6 +146,8 @@ def _check_types(path: Path, found: Mapping[str, Layout]) -> None:
 def check_finite(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors`, if every number is finite. Raises CheckpointError."""
     for name, tensor in tensors.items():
+        if math.isfinite(tensor.sum().item()):  # what is not finite stays so in a sum, and this is the faster question
+            continue
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise CheckpointError(
@@ -156,15 +158,8 @@ def check_finite(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path, check: Callable[[dict[str, Layout]], None]) -> dict[str, Tensor]:
-    with _damage(path), safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (this is no dict)
-        check({name: (tuple(each.get_shape()), _dtype(each.get_dtype())) for name, each in slices.items()})
-        # cloned: the file is mapped into memory, and somebody may shorten it later
-        return {name: file.get_tensor(name).clone() for name in slices}
-
-
-def _dtype(name: str) -> torch.dtype | str:
-    return _FLOATS.get(name, name)
+    with _damage(path):
+        return read_file(path, check)
 
 
 def _read_bin(path: Path, check: Callable[[dict[str, Layout]], None]) -> dict[str, Tensor]:
@@ -208,19 +203,13 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def _check_size(path: Path, limit: int) -> None:
-    size = path.stat().st_size
+    with _damage(path):
+        size = path.stat().st_size
     if size > limit:
         raise CheckpointError(
             f"{path} has {size:,} bytes but its config promises tensors of at most {limit:,}; the two files do not "
             f"belong together."
         )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def reason(error: BaseException) -> str:

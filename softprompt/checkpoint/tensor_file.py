@@ -1,0 +1,139 @@
+"""Reading `.safetensors` files without mapping them into memory.
+
+The format (https://github.com/huggingface/safetensors#format): eight bytes with the length of a JSON header, little
+endian; the header, `{name: {"dtype", "shape", "data_offsets"}}` and `__metadata__`; the data, without gaps. The
+library's own reader maps the file, and a process that touches a map of a file that somebody has shortened since (`cp`
+over it does) is killed by the system. Here every byte is read, so that the worst of files is an error, and what has
+been checked stays as it was. Reading costs what mapping does up to some megabytes, as every number is looked at anyway.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import FileIO
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HEADER_BYTES = 1_000_000
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
+"""The types a checkpoint may hold; a tensor of any other is only ever named in a message."""
+
+Layout = tuple[tuple[int, ...], torch.dtype | str]
+"""Shape and type of one stored tensor; a type that no checkpoint may hold stays the file's own word for it."""
+
+
+class DamagedFileError(Exception):
+    """What is wrong with a file's own structure, in a few words."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file: its shape, its type in the file's words, and where its data begins and ends, in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    begin: int
+    end: int
+
+    @property
+    def layout(self) -> Layout:
+        return self.shape, DTYPES.get(self.dtype, self.dtype)
+
+
+def read_file(path: Path, check: Callable[[dict[str, Layout]], None]) -> dict[str, Tensor]:
+    """Every tensor of a file, each in its own memory, if `check` accepts their layouts.
+
+    Raises what `check` does, DamagedFileError and OSError; no data is read before `check` has seen the header.
+    """
+    with open(path, "rb", buffering=0) as file:
+        stored, _ = _read_header(file)
+        check({each.name: each.layout for each in stored})
+        return {each.name: _read_tensor(file, each) for each in stored}
+
+
+def read_text(path: Path) -> dict[str, str]:
+    """The text metadata of a file. Raises DamagedFileError and OSError."""
+    with open(path, "rb", buffering=0) as file:
+        return _read_header(file)[1]
+
+
+def _read_header(file: FileIO) -> tuple[list[Stored], dict[str, str]]:
+    """The tensors in the order of their data, which is where the file then stands, and the metadata."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(_bytes(file, 8), "little")
+    if length > min(HEADER_BYTES, size - 8):
+        raise DamagedFileError(f"its header claims {length:,} bytes")
+    header = json.loads(_bytes(file, length).decode("utf-8"), object_pairs_hook=_no_duplicates)
+    if not isinstance(header, dict):
+        raise DamagedFileError("its header is no JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise DamagedFileError("its metadata is not text")
+    stored = sorted((_stored(name, entry) for name, entry in header.items()), key=lambda each: (each.begin, each.end))
+    reached = 0
+    for each in stored:
+        if each.begin != reached:
+            raise DamagedFileError("its tensors overlap or leave gaps")
+        reached = each.end
+    if reached != size - 8 - length:
+        raise DamagedFileError(f"its tensors end at byte {reached:,} of {size - 8 - length:,}")
+    return stored, metadata
+
+
+def _stored(name: str, entry: Any) -> Stored:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise DamagedFileError("its header has an entry that is no tensor")
+    shape, dtype, offsets = entry["shape"], entry["dtype"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        raise DamagedFileError("its header has an entry that is no tensor")
+    begin, end = offsets
+    size = prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
+    if end < begin or size != end - begin:
+        raise DamagedFileError("a shape and the bytes for it differ")
+    return Stored(name, tuple(shape), dtype, begin, end)
+
+
+def _are_counts(values: Any) -> bool:
+    """Whether it is a list as torch could take for a shape."""
+    some = isinstance(values, list) and len(values) <= 64
+    return some and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise DamagedFileError("its header gives a name twice")
+    return values
+
+
+def _read_tensor(file: FileIO, stored: Stored) -> Tensor:
+    data = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
+    _fill(file, data.numpy().data)
+    return data.view(DTYPES[stored.dtype]).view(stored.shape)
+
+
+def _bytes(file: FileIO, count: int) -> bytes:
+    data = bytearray(count)
+    _fill(file, memoryview(data))
+    return bytes(data)
+
+
+def _fill(file: FileIO, data: memoryview) -> None:
+    """One call of the system reads at most 2 GiB."""
+    while len(data):
+        count = file.readinto(data)
+        if not count:
+            raise DamagedFileError("it ends too early")
+        data = data[count:]
