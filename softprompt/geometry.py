@@ -23,6 +23,7 @@ class Geometry:
     `layers` are the self-attention layers (on encoder-decoders the decoder's; `cross_layers` and `encoder_layers` are
     the others), `hidden_size` the width of the input embeddings, `context` the number of tokens that have a position.
     `foldable`: a prompt in front leaves nothing but keys and values, so it can be computed once for all rows.
+    `divides_loss`: the model's loss is the sum over labels, divided by `num_items_in_batch` where that is given.
     """
 
     layers: tuple[LayerShape, ...]
@@ -33,6 +34,7 @@ class Geometry:
     learned_positions: bool
     position_offset: int
     foldable: bool = True
+    divides_loss: bool = False
     encoder_decoder: bool = False
     cross_layers: tuple[LayerShape, ...] = ()
     encoder_layers: tuple[LayerShape, ...] = ()

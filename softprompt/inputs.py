@@ -73,18 +73,6 @@ def beyond_text(inputs: dict[str, Any]) -> bool:
     return any(name.startswith(("pixel_values", "image_", "video_", "input_features")) for name in inputs)
 
 
-def check_first_labels(inputs: dict[str, Any]) -> None:
-    """ConfigError if a row's first real token has a label, where no virtual token stands in the row to predict it."""
-    labels, mask = inputs["labels"], inputs.get("attention_mask")
-    real = torch.ones_like(labels, dtype=torch.bool) if mask is None else (mask != 0).to(labels.device)
-    first = real & (real.cumsum(1) == 1)
-    if bool((labels[first] != -100).any()):
-        raise ConfigError(
-            "a row with images (or videos, or sounds) has a label on its first token, which nothing predicts there; "
-            "set labels of the input to −100."
-        )
-
-
 def check_written(inputs: dict[str, Any]) -> None:
     """ConfigError for padding before what is written: a decoder counts its distance to a prefix by columns."""
     mask = inputs.get("decoder_attention_mask")

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from softprompt.doors.attention import AttentionDoor, Recording
+from softprompt.doors.attention import AttentionDoor
 from softprompt.doors.cache import CacheDoor, Door, fills_cache
+from softprompt.doors.opening import Recording
 from softprompt.errors import UnsupportedError
 from softprompt.geometry import Geometry, LayerShape
 from softprompt.prompt import evaluating
@@ -66,7 +68,8 @@ def probe(door: Door) -> Geometry:
     attending = len(first.modules) + len(first.sharing)
     foldable = causal and not base._is_stateful and attending >= _number_of_layers(base)
     reasons = {"no_prefix": _no_prefix(base, first, causal), "no_vectors": _no_vectors(base, ids)}
-    geometry = _geometry(door, first, causal=causal, foldable=foldable, **reasons)
+    divides = foldable and _divides_loss(base, ids)
+    geometry = _geometry(door, first, causal=causal, foldable=foldable, divides_loss=divides, **reasons)
     _check_positions(door, geometry)
     return geometry
 
@@ -139,6 +142,19 @@ def _no_vectors(base: PreTrainedModel, ids: Tensor) -> str:
     except (RuntimeError, ValueError, TypeError):
         return f"{type(base).__name__} takes no vectors in place of words"
     return ""
+
+
+def _divides_loss(base: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether a language model's loss is what transformers' Trainer asks for; a loss of its own may be anything."""
+    if base.get_output_embeddings() is None:
+        return False
+    try:
+        with evaluating(base):
+            output = base(input_ids=ids, labels=ids, num_items_in_batch=2, use_cache=False, return_dict=True)
+    except TypeError:
+        return False
+    expected = cross_entropy(output.logits[0, :1].float(), ids[0, 1:]) / 2
+    return bool((output.loss - expected).abs() <= 1e-3 * expected.abs())
 
 
 def _check_positions(door: Door, geometry: Geometry) -> None:

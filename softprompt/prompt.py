@@ -39,12 +39,14 @@ class Context:
 class Embeddings:
     """A prompt in input space: `vectors` `[N, p, d]`.
 
-    `rows` `[B]` says which of the N prompts each row has; without it there is one for all. `context` is set where the
-    prompt is itself a text with answers. `decoder` `[N, q, d]` are more vectors, for the decoder of an encoder-decoder.
+    `rows` `[B]` says which of the N prompts each row has; without it there is one for all. `lengths` are their numbers
+    of virtual tokens where they differ, the shorter ones padded in front. `context` is set where the prompt is itself a
+    text with answers. `decoder` `[N, q, d]` are more vectors, for the decoder of an encoder-decoder.
     """
 
     vectors: Tensor
     rows: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
     context: Context | None = None
     decoder: Tensor | None = None
 
@@ -66,13 +68,14 @@ class KV:
 
     `layers` are for self-attention (an encoder-decoder's decoder), `cross` and `encoder` for an encoder-decoder's
     other attentions. Keys are as the cache holds them, that is after rotary position embedding at positions 0…p−1.
-    `rows` as in `Embeddings`. `always_visible`: also to queries further away than a sliding window.
+    `rows` and `lengths` as in `Embeddings`. `always_visible`: also to queries further away than a sliding window.
     """
 
     layers: Pairs
     cross: Pairs = ()
     encoder: Pairs = ()
     rows: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
     always_visible: bool = False
 
     @property

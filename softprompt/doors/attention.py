@@ -6,83 +6,21 @@ cache and the attention mask know only real tokens. Closed, the model is exactly
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from softprompt.doors.attending import registered
+from softprompt.doors.opening import _OPENING, Opening, Recording
 from softprompt.doors.positions import true_positions
-from softprompt.doors.widen import in_front, widen, widen_bias
-from softprompt.errors import ConfigError, UnsupportedError
+from softprompt.errors import ConfigError
 from softprompt.prompt import KV
 
-BACKENDS = ("sdpa", "eager")
-_PREFIX = "softprompt_"
-
-
-@dataclass
-class Recording:
-    """Keys and values as each attention layer used them, in the order the layers ran.
-
-    `sharing` are layers that use those of an earlier one, by that one; they have none of their own.
-    """
-
-    modules: list[nn.Module] = field(default_factory=list)
-    sharing: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    windows: list[int | None] = field(default_factory=list)
-    queries: list[int] = field(default_factory=list)
-
-    def add(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> None:
-        for other, (known, _) in zip(self.modules, self.layers, strict=True):
-            if known is key:
-                self.sharing[module] = other
-                return
-        self.modules.append(module)
-        self.layers.append((key, value))
-        self.windows.append(window)
-        self.queries.append(query.shape[2])
-
-
-@dataclass
-class Opening:
-    """One use of the door.
-
-    `pairs` has the prefixes of each attention layer that gets any: one, or one for each time that a model runs it, in
-    turn (`runs` counts). `positions` are the true positions of the current
-    queries, `[B|1, T]`; `seen` is how many tokens an encoder-decoder's cache holds.
-    """
-
-    prefix: KV | None
-    pairs: dict[nn.Module, list[tuple[Tensor, Tensor]]]
-    tables: dict[nn.Module, Any]
-    recording: Recording | None = None
-    positions: Tensor | None = None
-    seen: Any = 0
-    generating: bool = False
-    sharing: bool = False
-    runs: dict[nn.Module, int] = field(default_factory=dict)
-
-    def pair(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
-        """The prefix of a layer that runs now."""
-        pairs = self.pairs.get(module)
-        if pairs is None:
-            return None
-        run = self.runs.get(module, 0)
-        self.runs[module] = run + 1
-        return pairs[run % len(pairs)]
-
-
-_OPENING: ContextVar[Opening | None] = ContextVar("softprompt_opening", default=None)
 _LOCK = Lock()
 _ROUTED: "WeakKeyDictionary[PreTrainedModel, list[Any]]" = WeakKeyDictionary()
 """Base models whose attention goes through the door now: `[how many openings, [(config, its own backend)]]`."""
@@ -106,6 +44,7 @@ class AttentionDoor:
         self.position_offset = 0
         self.learned_positions: int | None = None
         self._configs = _configs(base)
+        self._checkpointed = [each for each in base.modules() if "gradient_checkpointing" in dir(each)]
 
     def bind(self, own: list[nn.Module], cross: list[nn.Module], encoder: list[nn.Module]) -> None:
         """Take in which modules attend, and where T5-like ones find their position table (one for a whole stack)."""
@@ -131,9 +70,8 @@ class AttentionDoor:
         with ExitStack() as stack:
             stack.enter_context(self._active(opening))
             stack.callback(self._checkpointing(opening, direct=recording is not None))
-            shift = prefix.length if prefix is not None and prefix.layers else 0
             if recording is None:
-                for module, hook in self._position_hooks(opening, shift):
+                for module, hook in self._position_hooks(opening):
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
@@ -147,33 +85,36 @@ class AttentionDoor:
                 found.setdefault(module, []).append(pair)
         return found | {module: found[other] for module, other in self.sharing.items() if other in found}
 
-    def _position_hooks(self, opening: Opening, shift: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    def _position_hooks(self, opening: Opening) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """What moves real tokens behind the prefix: positions given to the model, or read by its decoder."""
         if self.encoder_decoder:
             tables = [each for name, each in self.base.get_decoder().named_modules() if name == "embed_positions"]
             return [
                 (self.base, self._note_seen(opening)),
-                *((each, self._shift_decoder(opening, shift)) for each in tables),
+                *((each, self._shift_decoder(opening)) for each in tables),
             ]
-        return [(self.text, self._shift_positions(opening, shift))] if self.takes_positions else []
+        return [(self.text, self._shift_positions(opening))] if self.takes_positions else []
 
     def _note_seen(self, opening: Opening) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
             if _OPENING.get() is opening:
+                opening.begin()
                 seen = cache.get_seq_length() if cache is not None else 0
                 opening.seen = seen.clone() if isinstance(seen, Tensor) else seen  # a static cache counts in place
 
         return hook
 
-    def _shift_decoder(self, opening: Opening, shift: int) -> Callable[..., Any]:
+    def _shift_decoder(self, opening: Opening) -> Callable[..., Any]:
         """A pre-hook on the position table of a BART-like decoder, which is called with `position_ids` `[T]`."""
 
         def hook(table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if _OPENING.get() is not opening or not shift:
+            if _OPENING.get() is not opening or not opening.longest:
                 return None
-            positions = kwargs["position_ids"] + shift
-            self._check_room(positions, shift + int(opening.seen) + positions.shape[-1])
+            batch = len(args[0]) if isinstance(args[0], Tensor) else args[0][0]  # some give the shape
+            positions = kwargs["position_ids"]
+            positions = positions + opening.shift(batch, positions.device)
+            self._check_room(positions, opening.longest + int(opening.seen) + positions.shape[-1])
             return args, {**kwargs, "position_ids": positions}
 
         return hook
@@ -195,7 +136,7 @@ class AttentionDoor:
             before = _ROUTED.get(self.base)
             if before is None:
                 names = [(config, config._attn_implementation) for config in self._configs]
-                wrapped = [_wrapped(name) for _, name in names]  # may refuse, before anything is changed
+                wrapped = [registered(name) for _, name in names]  # may refuse, before anything is changed
                 for (config, _), name in zip(names, wrapped, strict=True):
                     config._attn_implementation_internal = name
                 before = [0, names]
@@ -211,7 +152,7 @@ class AttentionDoor:
                     config._attn_implementation_internal = name
                 del _ROUTED[self.base]
 
-    def _shift_positions(self, opening: Opening, shift: int) -> Callable[..., Any]:
+    def _shift_positions(self, opening: Opening) -> Callable[..., Any]:
         """A pre-hook on the base model: positions counted from the mask, moved behind the prefix.
 
         A multimodal model may give its text decoder several positions per token, `[3|4, B, T]`.
@@ -223,18 +164,20 @@ class AttentionDoor:
             inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs.get("inputs_embeds")
             if inputs is None and args:
                 inputs = args[0]
+            assert inputs is not None
             given, mask, cache = (kwargs.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
             if opening.generating and self.position_offset:
                 given = None  # counted from 0 there, which such a model's own positions are not
-            if given is not None:
-                positions, longest = given - self.position_offset + shift, None
-            else:
-                assert inputs is not None
-                positions = true_positions(inputs, mask, cache) + shift
-                seen = cache.get_seq_length() if cache is not None else 0
-                longest = shift + (mask.shape[-1] if isinstance(mask, Tensor) else seen + inputs.shape[1])
+            positions = true_positions(inputs, mask, cache) if given is None else given - self.position_offset
+            positions = positions + opening.shift(inputs.shape[0], positions.device)
+            longest: int | None = None
+            if given is None or opening.generating:
+                seen = 0 if cache is None or isinstance(mask, Tensor) else cache.get_seq_length()
+                columns = mask.shape[-1] if isinstance(mask, Tensor) else seen + inputs.shape[1]
+                longest = opening.longest + columns
             self._check_room(positions, longest)
-            opening.positions = positions if positions.ndim < 3 else positions[0]
+            last = longest - 1 if isinstance(longest, int) else None
+            opening.begin(positions if positions.ndim < 3 else positions[0], last)
             return args, {**kwargs, "position_ids": positions + self.position_offset}
 
         return hook
@@ -261,7 +204,7 @@ class AttentionDoor:
         With `direct`, layers run without checkpointing (a recording is short and must keep its graph).
         """
         changed: list[tuple[nn.Module, Callable[..., Any]]] = []
-        for module in self.base.modules():
+        for module in self._checkpointed:
             run = module.__dict__.get("_gradient_checkpointing_func")
             if run is not None and getattr(module, "gradient_checkpointing", False):
                 changed.append((module, run))
@@ -309,77 +252,6 @@ def _configs(base: PreTrainedModel) -> list[PreTrainedConfig]:
         if isinstance(config, PreTrainedConfig):
             found[id(config)] = config
     return list(found.values())
-
-
-def _wrapped(name: str | None) -> str:
-    """The registered name of the door over a backend, registering it on first use."""
-    backend = name or "eager"
-    if backend.startswith(_PREFIX):
-        return backend
-    if backend not in BACKENDS:
-        raise UnsupportedError(
-            f"attention backend {backend!r} cannot take a prefix yet; load the model with "
-            "attn_implementation='sdpa' or 'eager'."
-        )
-    wrapped = _PREFIX + backend
-    if wrapped not in AttentionInterface._global_mapping:
-        AttentionMaskInterface.register(wrapped, _mask_for(ALL_MASK_ATTENTION_FUNCTIONS[backend]))
-        AttentionInterface.register(wrapped, _attention_through(backend))
-    return wrapped
-
-
-def _mask_for(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A backend's mask function. Layers that share keys may get the last queries alone, which only a mask can tell."""
-
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        opening = _OPENING.get()
-        return plain(*args, **(kwargs | {"allow_is_causal_skip": False} if opening and opening.sharing else kwargs))
-
-    return mask
-
-
-def _attention_through(backend: str) -> Callable[..., Any]:
-    """The attention function registered for one backend; same arguments and results as transformers' own."""
-
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> Any:
-        plain = _eager_of(module) if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
-        mask = attention_mask  # some families pass it by this name
-        opening = _OPENING.get()
-        if opening is None:
-            return plain(module, query, key, value, mask, **kwargs)
-        window = kwargs.get("sliding_window")
-        if opening.recording is not None:
-            opening.recording.add(module, query, key, value, window)
-        pair, prefix = opening.pair(module), opening.prefix
-        if pair is None or prefix is None:
-            return plain(module, query, key, value, mask, **kwargs)
-        length = pair[0].shape[2]
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        if mask is None and causal and 1 < query.shape[2] < key.shape[2]:
-            # A static cache's unused tail, which causal backends cut off themselves when there is no mask.
-            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        if kwargs.get("position_bias") is not None:
-            seen = opening.seen if getattr(module, "is_decoder", False) else 0
-            kwargs["position_bias"] = widen_bias(kwargs["position_bias"], length, opening.tables.get(module), seen)
-        window = None if prefix.always_visible else window
-        mask = widen(mask, query, key, length, window, causal, opening.positions, additive=backend == "eager")
-        key, value = in_front(pair[0], key, prefix.rows), in_front(pair[1], value, prefix.rows)
-        output, weights = plain(module, query, key, value, mask, **kwargs)
-        return output, weights if weights is None else weights[..., length:]
-
-    return attend
-
-
-def _eager_of(module: nn.Module) -> Callable[..., Any]:
-    """The model family's own eager attention, which transformers hands over only for the name 'eager'."""
-    for kind in type(module).__mro__:
-        function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise UnsupportedError(f"{type(module).__name__} has no eager attention; load with attn_implementation='sdpa'.")
 
 
 def text_decoder(base: PreTrainedModel) -> nn.Module:

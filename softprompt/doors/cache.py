@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from softprompt.doors.attention import BACKENDS, AttentionDoor, Recording
+from softprompt.doors.attending import BACKENDS
+from softprompt.doors.attention import AttentionDoor
+from softprompt.doors.opening import Recording
 from softprompt.doors.positions import true_positions
 from softprompt.doors.prefixed_cache import (
     PrefixedCache,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softprompt.doors.attention import Recording
+from softprompt.doors.opening import Recording
 from softprompt.errors import UnsupportedError
 from softprompt.prompt import KV, spread
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.prompt import spread
+from softprompt.doors.opening import added, within
+from softprompt.prompt import KV, spread
 
 
 def in_front(prefix: Tensor, own: Tensor, rows: Tensor | None) -> Tensor:
@@ -13,48 +14,41 @@ def in_front(prefix: Tensor, own: Tensor, rows: Tensor | None) -> Tensor:
     return torch.cat([spread(prefix.to(own), rows, own.shape[0]), own], dim=2)
 
 
-def widen_bias(bias: Tensor, length: int, table: Any, seen: Any) -> Tensor:
-    """T5's relative position bias `[1, h, q, t]` with the prefix's columns, which stand at −p…−1; none where t is none.
+def before_bias(bias: Tensor, length: int, table: Any, seen: Any) -> Tensor:
+    """The prefix's columns `[1, h, q, p]` of T5's relative position bias `[1, h, q, t]`: they stand at −p…−1.
 
     `table` is the module that has the positions' table, None for cross-attention, which has no positions; `seen` is
     how many tokens stand before the first query.
     """
     if table is None:
-        return torch.cat([bias.new_zeros(*bias.shape[:3], length), bias], dim=-1)
-    columns = table.compute_bias(bias.shape[2], length, device=bias.device, past_seen_tokens=seen + length)
-    return torch.cat([columns.to(bias), bias], dim=-1)
+        return bias.new_zeros(*bias.shape[:3], length)
+    return table.compute_bias(bias.shape[2], length, device=bias.device, past_seen_tokens=seen + length).to(bias)
 
 
 def widen(
     mask: Tensor | None,
     query: Tensor,
     key: Tensor,
-    length: int,
+    prefix: KV,
     window: int | None,
     causal: bool,
     positions: Tensor | None,
-    additive: bool,
 ) -> Tensor | None:
-    """The mask `[B|1, h|1, q, t]` with `length` columns in front for the prefix; None where none is needed.
-
-    A prefix key at position j is visible to a query at true position i while i − j < window, as any other key is.
-    """
-    rows, columns = query.shape[2], key.shape[2]
-    if mask is None and causal and rows > 1:
-        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()[None, None]
-        if additive:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    """The mask `[B|1, h|1, q, t]` with columns in front for the prefix, additive; None where none is needed."""
+    rows, columns, length = query.shape[2], key.shape[2], prefix.length
     seen: Tensor | None = None
-    if window is not None and positions is not None:
-        distance = positions[:, None, -rows:, None] - torch.arange(length, device=positions.device)
-        seen = distance < window
-    if mask is None:
-        if seen is None:
-            return None
-        mask = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device)
-    if seen is None:
-        seen = torch.ones(1, 1, rows, length, dtype=torch.bool, device=mask.device)
-    if mask.dtype is not torch.bool:
-        seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill_(~seen, torch.finfo(mask.dtype).min)
+    if window is not None and positions is not None and not prefix.always_visible:
+        seen = within(window, positions, rows, prefix)
+    if prefix.lengths is not None:
+        own = spread(torch.tensor(prefix.lengths, device=query.device), prefix.rows, query.shape[0])
+        real = torch.arange(length, device=query.device) >= (length - own)[:, None, None, None]
+        seen = real if seen is None else seen & real
+    if mask is None and causal:
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is None and seen is None:
+        return None
+    mask = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device) if mask is None else mask
+    seen = torch.ones(1, 1, rows, length, dtype=torch.bool, device=query.device) if seen is None else seen
+    mask, seen = (each if each.dtype is not torch.bool else added(each, query.dtype) for each in (mask, seen))
     shape = (max(mask.shape[0], seen.shape[0]), mask.shape[1], rows)
-    return torch.cat([seen.expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)
+    return torch.cat([seen.to(mask).expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)

@@ -2,8 +2,8 @@
 
 - keys and values, and front embeddings folded into them: the attention door (`doors.attention`), or the cache door
   (`doors.cache`) on families that attend in code of their own;
-- embeddings that cannot be folded (encoders, models with a state, slots inside the row), and the last virtual token
-  where every token has a label: in the rows (`doors.embedding`);
+- embeddings that cannot be folded (encoders, models with a state, slots inside the row): in the rows
+  (`doors.embedding`);
 - embeddings on encoder-decoders: in the encoder's rows (`doors.encoder`).
 """
 
@@ -21,12 +21,11 @@ from softprompt.doors.decoder import check_decoding
 from softprompt.doors.embedding import embed, fill_slots, place, take
 from softprompt.doors.encoder import cut, open_encoder
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.fold import fold
+from softprompt.fold import fold, fold_and_predict
 from softprompt.geometry import Geometry
 from softprompt.inputs import (
     beyond_text,
     cached,
-    check_first_labels,
     check_written,
     decodes_row,
     labels_tokens,
@@ -35,8 +34,9 @@ from softprompt.inputs import (
     with_pooling_mask,
     without_cache,
 )
-from softprompt.prompt import KV, Embeddings
+from softprompt.prompt import KV, Embeddings, spread
 from softprompt.running.context_loss import forward_with_context
+from softprompt.running.first_loss import with_first_loss, without_first
 from softprompt.running.span_loss import with_kept_logits, with_span_loss
 
 
@@ -102,23 +102,30 @@ class Run:
     def _forward(self, inputs: dict[str, Any]) -> Any:
         if self.geometry.encoder_decoder:
             return self._forward_encoder_decoder(inputs)
+        if self.folds and self.geometry.causal:
+            return self._forward_folded(inputs)
         if beyond_text(inputs):
-            return self._forward_beyond_text(inputs)
+            raise self._no_media()
         if not self.geometry.causal or labels_tokens(inputs):
             return self._forward_rows(inputs)
-        if self.folds:
-            with self.door.open(self.as_kv()):
-                return self.base(**inputs)
         return self._forward_open_rows(inputs)
 
-    def _forward_beyond_text(self, inputs: dict[str, Any]) -> Any:
-        """Rows with images and the like stay as they are: the model looks for their places among the ids."""
-        if not (self.folds and self.geometry.causal):
-            raise self._no_media()
-        if labels_tokens(inputs):
-            check_first_labels(inputs)
-        with self.door.open(self.as_kv()):
-            return self.base(**inputs)
+    def _forward_folded(self, inputs: dict[str, Any]) -> Any:
+        """The rows stay as they were given: all of the prompt reaches them as keys and values."""
+        words = self.base.get_output_embeddings() is not None
+        if not words or not labels_tokens(inputs) or packed(inputs):
+            with self.door.open(self.as_kv()):
+                return self.base(**inputs)
+        prompt, divides = self.prompt, self.geometry.divides_loss
+        if isinstance(prompt, KV):  # nothing predicts the first token, and padding before it does not either
+            with self.door.open(prompt):
+                return self.base(**without_first(inputs, divides=False)[0])
+        kv, logits = fold_and_predict(self.door, prompt)
+        rest, first = without_first(inputs, divides)
+        with self.door.open(kv):
+            output = self.base(**rest)
+        logits = spread(logits, prompt.rows, len(first))
+        return with_first_loss(output, self.base, logits, first, rest, divides)
 
     def _no_media(self) -> UnsupportedError:
         return UnsupportedError(
@@ -128,12 +135,9 @@ class Run:
 
     def _forward_rows(self, inputs: dict[str, Any]) -> Any:
         """Where a row's own columns matter: on encoders (heads read column 0), and with a label for every token."""
-        causal = self.geometry.causal
-        if causal and not packed(inputs):
-            inputs = with_mask(inputs)
-        if causal and labels_tokens(inputs):
-            inputs = without_cache(inputs)
-        kv, vectors = self._divide(inputs)
+        if self.geometry.causal:
+            inputs = without_cache(inputs if packed(inputs) else with_mask(inputs))
+        kv, vectors = (self.prompt, None) if isinstance(self.prompt, KV) else (None, self.prompt)
         inputs, placement = self._placed(inputs, vectors, "right")
         with self.door.open(kv):
             return placement.restore(self.base(**inputs))
@@ -156,23 +160,6 @@ class Run:
             causal=geometry.causal,
             position_offset=geometry.position_offset,
         )
-
-    def _divide(self, inputs: dict[str, Any]) -> tuple[KV | None, Embeddings | None]:
-        """What of a prompt goes through the attention door, and what stands in the rows.
-
-        On a causal model all but the last virtual token are folded: they see no row. The last one stays with each
-        row, because its output there predicts the row's first token.
-        """
-        prompt = self.prompt
-        if isinstance(prompt, KV):
-            return prompt, None
-        if not self.folds:
-            return None, prompt
-        if packed(inputs):
-            return fold(self.door, prompt), None
-        before = Embeddings(prompt.vectors[:, :-1], prompt.rows)
-        last = Embeddings(prompt.vectors[:, -1:], prompt.rows)
-        return fold(self.door, before) if before.length else None, last
 
     def _forward_open_rows(self, inputs: dict[str, Any]) -> Any:
         """Rows of a causal model that may go on: padding first, then the prompt and the row, as a cache needs them."""

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from softprompt.doors.embedding import Placement
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.fold import fold_and_predict
 from softprompt.inputs import beyond_text, labels_tokens, packed, with_mask, without_cache
 from softprompt.prompt import Context, Embeddings
+from softprompt.running.first_loss import IGNORED, first_columns
 
 if TYPE_CHECKING:
     from softprompt.running import Run
@@ -65,46 +67,56 @@ def forward_with_context(run: "Run", prompt: Embeddings, inputs: dict[str, Any])
     del inputs["labels"]
     items = inputs.pop("num_items_in_batch", None)
     inputs = without_cache(with_mask(inputs, always=True))
-    kv, before, in_rows = None, None, prompt
-    if plain.folds and prompt.length > 1:
-        kv, before = fold_and_predict(run.door, Embeddings(prompt.vectors[:, :-1]))
-        in_rows = Embeddings(prompt.vectors[:, -1:])
-    inputs, placement = plain._placed(inputs, in_rows, "right")
+    if plain.folds:
+        kv, virtual = fold_and_predict(run.door, Embeddings(prompt.vectors), every=True)
+        placement = Placement(None, labels.shape[1])
+        columns = first_columns(labels, inputs["attention_mask"])
+    else:
+        kv, virtual, columns = None, None, torch.zeros_like(labels[:, :1])
+        inputs, placement = plain._placed({**inputs, "labels": labels}, prompt, "right")
+        arranged = inputs.pop("labels")[:, prompt.length :]
+        if types is not None and placement.columns is not None:
+            order = (placement.columns - prompt.length).argsort(dim=1)
+            types = types.gather(1, order)
+        labels = arranged
     with run.door.open(kv):
         output = run.base(**inputs)
-    loss = context_loss(prompt.context, before, output.logits, placement.columns, labels, types, items)
+    logits = output.logits
+    if virtual is None:
+        virtual, logits = logits.split([prompt.length, labels.shape[1]], dim=1)
+    loss = context_loss(prompt.context, virtual, logits, columns, labels, types, items)
     return placement.restore(type(output)(**{**output, "loss": loss}))  # a new one, in which the loss comes first
 
 
 def context_loss(
     context: Context,
-    before: Tensor | None,
+    virtual: Tensor,
     logits: Tensor,
-    columns: Tensor,
+    first: Tensor,
     labels: Tensor,
     types: Tensor | None = None,
     items: Tensor | int | None = None,
 ) -> Tensor:
     """The loss, a scalar.
 
-    `logits` `[B, n+T, V]`: of the n virtual tokens that stand in the rows, then of the row, whose tokens are at
-    `columns` `[B, T]`; `before` `[1, p−1, V]` those of all virtual tokens but the last, where they are not in the rows.
-    With `items`, the labels of all rows of one step, the result is these rows' share of the step's mean.
+    `virtual` `[B|1, p, V]` are the logits of the virtual tokens and `logits` `[B, T, V]` those of the row, whose first
+    token is in the column `first` `[B, 1]`. With `items`, the labels of all rows of one step, the result is these rows'
+    share of the step's mean.
     """
     rows, count = labels.shape[0], len(context.ids)
     kinds, types = _joined(context, labels, types)
     weights = answer_weights(kinds, context.decay)
     of_prompt, of_row = weights[:, :count].expand(rows, -1), weights[:, count:].expand(rows, labels.shape[1])
-    labels = labels.masked_fill((types == 0) | (types % KINDS != 0), -100)
-    answers = context.ids.masked_fill((context.types == 0) | (context.types % KINDS != 0), -100)[1:]
-    virtual = logits[:, : count - 1] if before is None else before
-    targets, scales = logits.new_full(logits.shape[:2], -100, dtype=torch.long), torch.zeros_like(logits[..., 0])
-    targets.scatter_(1, columns - 1, labels)  # the token at a column is predicted one column earlier
-    scales.scatter_(1, columns - 1, of_row.to(scales))
-    total = (scales * _losses(logits, targets)).sum()
-    total = total + (of_prompt[:, 1:] * _losses(virtual, answers.expand(virtual.shape[0], -1))).sum()
-    own = (labels != -100).sum()
-    mean = total / (own + rows * (answers != -100).sum())
+    labels = labels.masked_fill((types == 0) | (types % KINDS != 0), IGNORED)
+    answers = context.ids.masked_fill((context.types == 0) | (context.types % KINDS != 0), IGNORED)[1:]
+    rest = labels.scatter(1, first, IGNORED)  # the first token is predicted by the last virtual one
+    total = (of_row[:, 1:] * _losses(logits[:, :-1], rest[:, 1:])).sum()
+    total = (
+        total + (of_row.gather(1, first) * _losses(virtual[:, -1:].expand(rows, -1, -1), labels.gather(1, first))).sum()
+    )
+    total = total + (of_prompt[:, 1:] * _losses(virtual[:, :-1], answers.expand(virtual.shape[0], -1))).sum()
+    own = (labels != IGNORED).sum()
+    mean = total / (own + rows * (answers != IGNORED).sum())
     return mean if items is None else mean * own / items
 
 
@@ -136,5 +148,5 @@ def _joined(context: Context, labels: Tensor, types: Tensor | None) -> tuple[Ten
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy `[B, S]` of `logits` `[B, S, V]`, 0 where the target is −100."""
-    flat = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
+    flat = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return flat.view(targets.shape)

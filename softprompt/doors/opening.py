@@ -1,0 +1,157 @@
+"""What attention layers see while the attention door is open for a call: the prefix, its rows and what masks add."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.attention import Group, groups_of
+from softprompt.prompt import KV, spread
+
+_KEPT = 4  # masks of one call: one for full attention, one for windows
+
+
+@dataclass
+class Recording:
+    """Keys and values as each attention layer used them, in the order the layers ran.
+
+    `sharing` are layers that use those of an earlier one, by that one; they have none of their own.
+    """
+
+    modules: list[nn.Module] = field(default_factory=list)
+    sharing: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    windows: list[int | None] = field(default_factory=list)
+    queries: list[int] = field(default_factory=list)
+
+    def add(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> None:
+        for other, (known, _) in zip(self.modules, self.layers, strict=True):
+            if known is key:
+                self.sharing[module] = other
+                return
+        self.modules.append(module)
+        self.layers.append((key, value))
+        self.windows.append(window)
+        self.queries.append(query.shape[2])
+
+
+@dataclass
+class Opening:
+    """One use of the door.
+
+    `pairs` has the prefixes of each attention layer that gets any: one, or one for each time that a model runs it, in
+    turn (`runs` counts). `positions` are the true positions of the current queries, `[B|1, T]`, none of them greater
+    than `last` where that is known; `seen` is how many tokens an encoder-decoder's cache holds.
+    """
+
+    prefix: KV | None
+    pairs: dict[nn.Module, list[tuple[Tensor, Tensor]]]
+    tables: dict[nn.Module, Any]
+    recording: Recording | None = None
+    positions: Tensor | None = None
+    last: int | None = None
+    seen: Any = 0
+    generating: bool = False
+    sharing: bool = False
+    runs: dict[nn.Module, int] = field(default_factory=dict)
+    _groups: dict[int, tuple[Group, ...]] = field(default_factory=dict)
+    _shifts: dict[int, Tensor] = field(default_factory=dict)
+    _masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _far: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def begin(self, positions: Tensor | None = None, last: int | None = None) -> None:
+        """A call of the model begins, its queries at `positions`."""
+        self.positions, self.last = positions, last
+        self._masks.clear()
+        self._far.clear()
+
+    @property
+    def longest(self) -> int:
+        """How many tokens the longest prompt puts before a row's own."""
+        return self.prefix.length if self.prefix is not None and self.prefix.layers else 0
+
+    def shift(self, batch: int, device: torch.device) -> int | Tensor:
+        """By how much the positions of real tokens are moved: one number, or `[B, 1]` where prompts differ in it."""
+        if self.prefix is None or self.prefix.lengths is None or not self.prefix.layers:
+            return self.longest
+        known = self._shifts.get(batch)
+        if known is None:
+            own = torch.tensor(self.prefix.lengths, device=device)
+            known = self._shifts[batch] = spread(own, self.prefix.rows, batch)[:, None]
+        return known
+
+    def pair(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """The prefix of a layer that runs now."""
+        pairs = self.pairs.get(module)
+        if pairs is None:
+            return None
+        run = self.runs.get(module, 0)
+        self.runs[module] = run + 1
+        return pairs[run % len(pairs)]
+
+    def groups(self, batch: int, device: torch.device) -> tuple[Group, ...]:
+        """Which of `batch` rows share which prompt."""
+        known = self._groups.get(batch)
+        if known is None:
+            assert self.prefix is not None
+            rows = spread_rows(self.prefix.rows, batch)
+            rows = None if rows is None else rows.tolist()
+            known = self._groups[batch] = groups_of(batch, self.prefix.length, rows, self.prefix.lengths, device)
+        return known
+
+    def additive(self, mask: Tensor | None, like: Tensor) -> Tensor | None:
+        """A mask as what is added to the scores, of the type of `like`; the lowest number hides.
+
+        It is made once for all layers of a call. Infinity would make a query that sees nothing of its own no number.
+        """
+        if mask is None:
+            return None
+        known = self._masks.get(id(mask))
+        if known is None or known[1].dtype is not like.dtype:
+            if len(self._masks) >= _KEPT:
+                self._masks.clear()
+            known = self._masks[id(mask)] = mask, added(mask, like.dtype)
+        return known[1]
+
+    def far(self, window: int | None, like: Tensor) -> Tensor | None:
+        """What hides prefix columns from queries `[B, h, T, k]` behind their window: `[B|1, 1, T, p]`, or None."""
+        if window is None or self.positions is None or self.prefix is None or self.prefix.always_visible:
+            return None
+        if self.last is not None and self.last < window:
+            return None
+        known = self._far.get((window, like.shape[2]))
+        if known is None:
+            seen = within(window, self.positions, like.shape[2], self.prefix)
+            known = self._far[window, like.shape[2]] = added(seen, like.dtype)
+        return known
+
+
+_OPENING: ContextVar[Opening | None] = ContextVar("softprompt_opening", default=None)
+
+
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean or additive mask as one that is added, with the lowest number for what is hidden."""
+    lowest = torch.finfo(dtype).min
+    if mask.dtype is torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
+    return mask.to(dtype).clamp(min=lowest)
+
+
+def within(window: int, positions: Tensor, tokens: int, prefix: KV) -> Tensor:
+    """Which prefix columns the last `tokens` queries at `positions` see through a window, `[B|1, 1, T, p]`.
+
+    A prefix key at position j is visible to a query at position i while i − j < window, as any other key is. Shorter
+    prompts have their padding in front, so their first token, at position 0, stands in a later column.
+    """
+    columns = torch.arange(prefix.length, device=positions.device)[None, None]
+    if prefix.lengths is not None:
+        own = spread(torch.tensor(prefix.lengths, device=positions.device), prefix.rows, positions.shape[0])
+        columns = columns - (prefix.length - own)[:, None, None]
+    return (positions[:, -tokens:, None] - columns < window)[:, None]
+
+
+def spread_rows(rows: Tensor | None, batch: int) -> Tensor | None:
+    """Which prompt each of `batch` rows has, where generation may have made several rows of each."""
+    return None if rows is None else spread(rows, torch.arange(len(rows), device=rows.device), batch)
