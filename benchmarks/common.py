@@ -32,12 +32,25 @@ def assets() -> Path:
     return folder
 
 
-def machine() -> str:
-    """Processor, versions and date, for the line under a table."""
+def machine(device: str | None = None) -> str:
+    """Processor, versions and date, for the line under a table; where speed matters, with `device`, threads too."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, {packages}, " + (
-        f"{datetime.now(UTC):%Y-%m-%d}"
-    )
+    where = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    if device is not None:
+        where = _device(device, where)
+    return f"{where}, Python {platform.python_version()}, {packages}, {datetime.now(UTC):%Y-%m-%d}"
+
+
+def _device(device: str, where: str) -> str:
+    """The GPU's name, or the processor's and how many threads compute."""
+    import torch
+
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return ", ".join([*names[:1], where, f"{torch.get_num_threads()} threads"])
 
 
 def fingerprint(folder: Path) -> str:
@@ -65,13 +78,19 @@ class Records:
         self._read()
         return [row for row in self.rows if all(row.get(name) == value for name, value in wanted.items())]
 
-    def add(self, row: dict[str, Any]) -> None:
+    def put(self, key: dict[str, Any], values: dict[str, Any]) -> None:
+        """Add a row in place of the one with the same key."""
+        self.add({**key, **values}, instead=key)
+
+    def add(self, row: dict[str, Any], instead: dict[str, Any] | None = None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(self.path.name + ".partial")
         with (Path(tempfile.gettempdir()) / f"softprompt-{self.path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            old = [] if instead is None else self.find(**instead)
             self._read()
-            self.rows.append(row)
+            place = next((n for n, other in enumerate(self.rows) if other in old), len(self.rows))
+            self.rows[place : place + len(old)] = [row]
             partial.write_text("[\n" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in self.rows) + "\n]\n")
             os.replace(partial, self.path)
         print(json.dumps(row, ensure_ascii=False), flush=True)
