@@ -69,15 +69,15 @@ def _warm_up(arm: Arm) -> Result:
 
 
 def _time(arm: Arm, into: Result, device: str, first: bool) -> None:
-    """Run once, and add the times; the first time the memory too."""
+    """Run once, and add the times (`cpu` is that of all threads); the first time the memory too."""
     gc.collect()
     peak = Peak(device) if first else None
     wait(device)
-    begun = time.perf_counter()
+    begun, worked = time.perf_counter(), time.process_time()
     parts = arm.run()
     wait(device)
-    seconds = time.perf_counter() - begun
-    for name, value in (parts or {"time": seconds}).items():
+    seconds, cpu = time.perf_counter() - begun, time.process_time() - worked
+    for name, value in {**(parts or {"time": seconds}), "cpu": cpu}.items():
         into.setdefault(name, []).append(round(value, 6))
     if peak is not None:
         into["peak"] = peak.bytes()

@@ -1,9 +1,10 @@
-"""Fill the generated parts of README.md: result tables, the table of methods, the file tree.
+"""Fill the generated parts of README.md: result tables, goals, the table of methods, the file tree.
 
     python scripts/fill_readme.py            write README.md
     python scripts/fill_readme.py --check    exit 1, naming the part, where README.md is out of date
 
 A part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. ``results:e2e`` is benchmarks/results/e2e.md;
+``goals`` says which goals for speed and memory the numbers in benchmarks/results/speed_*.json meet;
 ``methods`` comes from the registry; ``tree`` from the first sentence of each module's docstring.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import os
 import re
 import sys
@@ -32,6 +34,16 @@ def results(name: str) -> str:
     """The markdown table that a benchmark left in benchmarks/results."""
     path = ROOT / "benchmarks" / "results" / f"{name}.md"
     return path.read_text(encoding="utf-8").strip() + "\n" if path.exists() else "Not measured yet.\n"
+
+
+def goals() -> str:
+    """The goals of benchmarks/goals.py beside what was measured."""
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("goals").scoreboard()
+    finally:
+        sys.path.remove(folder)
 
 
 def methods() -> str:
@@ -81,7 +93,7 @@ def summary(path: Path) -> str:
 
 def part(name: str) -> str:
     kind, _, argument = name.partition(":")
-    makers = {"results": lambda: results(argument), "methods": methods, "tree": tree}
+    makers = {"results": lambda: results(argument), "goals": goals, "methods": methods, "tree": tree}
     if kind not in makers:
         raise SystemExit(f"README.md has a part {name!r}, but only {', '.join(makers)} are known")
     return makers[kind]()
