@@ -25,6 +25,19 @@ class UnsupportedError(SoftPromptError):
     """A combination of method, model family and task that does not exist here; the message says what does."""
 
 
+class RowsError(SoftPromptError):
+    """Some rows of a batch whose adapters cannot be used; nothing has run, and the other rows can go on without them.
+
+    `errors` has the error of each such row, by its number in the batch.
+    """
+
+    def __init__(self, errors: dict[int, SoftPromptError]) -> None:
+        self.errors = errors
+        first = min(errors)
+        others = f" (and rows {', '.join(str(row) for row in sorted(errors)[1:])})" if len(errors) > 1 else ""
+        super().__init__(f"row {first}{others}: {errors[first]}")
+
+
 class TrainingError(SoftPromptError):
     """A run that cannot go on: a loss that is not a number, a run folder that belongs to another run."""
 

@@ -4,6 +4,7 @@ This is exact: the layers see p virtual tokens at positions 0…p−1, as if the
 """
 
 import inspect
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,23 +16,50 @@ from softprompt.probe import record, word_table
 from softprompt.prompt import KV, Embeddings
 
 
+@dataclass(frozen=True)
+class Folded:
+    """Prompts as keys and values, and what their last virtual tokens predict.
+
+    `logits` `[N, V]` are for each row's first token: the last virtual token sees no row either, so they are computed
+    once as well. None where nothing predicts words; `predicts` says of which prompts they are (None: of all).
+    `context`: a loss would have to count answers in the prompt too, for which these logits are not enough.
+    """
+
+    kv: KV
+    logits: Tensor | None = None
+    predicts: tuple[bool, ...] | None = None
+    context: bool = False
+
+    def detach(self) -> "Folded":
+        return replace(self, kv=self.kv.detach(), logits=None if self.logits is None else self.logits.detach())
+
+
 def fold(door: Door, prompt: Embeddings) -> KV:
     """Run the virtual tokens `[N, p, d]` through the model's body once, with gradient, and keep what they leave."""
     recording, _ = record(door, _inputs(door, prompt))
     return KV(tuple(recording.layers), rows=prompt.rows, lengths=prompt.lengths)
 
 
-def fold_and_predict(door: Door, prompt: Embeddings, every: bool = False) -> tuple[KV, Tensor]:
-    """The same through the whole model, with the logits `[N, V]` of the last virtual token; of `every` one `[N, p, V]`.
+def fold_and_predict(door: Door, prompt: Embeddings) -> Folded:
+    """The same through the whole model, with what the last virtual tokens predict; only the body if it has no words."""
+    if door.base.get_output_embeddings() is None:
+        return Folded(fold(door, prompt))
+    kv, logits = _through(door, prompt, last=True)
+    return Folded(kv, logits[:, -1])
 
-    The last one sees no row either, so that what it predicts, each row's first token, is computed once as well.
-    """
+
+def fold_with_logits(door: Door, prompt: Embeddings) -> tuple[KV, Tensor]:
+    """The same with the logits of all virtual tokens, `[N, p, V]`."""
+    return _through(door, prompt, last=False)
+
+
+def _through(door: Door, prompt: Embeddings, last: bool) -> tuple[KV, Tensor]:
     recording, inputs = Recording(), _inputs(door, prompt)
-    if not every and "logits_to_keep" in inspect.signature(door.base.forward).parameters:
+    if last and "logits_to_keep" in inspect.signature(door.base.forward).parameters:
         inputs["logits_to_keep"] = 1
     with door.open(None, recording):
         logits = door.base(**inputs, use_cache=False, return_dict=True).logits
-    return KV(tuple(recording.layers), rows=prompt.rows, lengths=prompt.lengths), logits if every else logits[:, -1]
+    return KV(tuple(recording.layers), rows=prompt.rows, lengths=prompt.lengths), logits
 
 
 def _inputs(door: Door, prompt: Embeddings) -> dict[str, Any]:

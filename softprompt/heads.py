@@ -5,9 +5,11 @@ its own back. Nothing is wrapped, so the base model's module names never change.
 """
 
 import copy
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,6 +22,24 @@ _HEADS_OF_TASK = {
     TaskType.TOKEN_CLS: ["classifier", "score"],
     TaskType.QUESTION_ANS: ["qa_outputs"],
 }
+
+
+class HeadOfRows(nn.Module):
+    """Heads side by side: each row of what comes in, `[B, …]`, goes through its own."""
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.__dict__["heads"] = list(heads)  # they belong to others
+
+    def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        heads: list[nn.Module] = self.__dict__["heads"]
+        if len(states) != len(heads):
+            raise ConfigError(f"{len(heads)} adapter_names, but a head is called with {len(states)} rows.")
+        parts: dict[int, Tensor] = {}
+        for head in dict.fromkeys(heads):
+            rows = [row for row, mine in enumerate(heads) if mine is head]
+            parts |= zip(rows, head(states[rows], *args, **kwargs), strict=True)
+        return torch.stack([parts[row] for row in range(len(heads))])
 
 
 class Heads(nn.Module):
@@ -58,11 +78,32 @@ class Heads(nn.Module):
 
     def use(self, adapter: str | None) -> None:
         """Put this adapter's copies into the base model; None puts the base model's own modules back."""
-        base: PreTrainedModel = self.__dict__["base"]
         chosen = self._of(adapter) if adapter is not None else {}
-        for path, original in self.__dict__["originals"].items():
-            parent, _, name = path.rpartition(".")
-            setattr(base.get_submodule(parent), name, chosen.get(path, original))
+        originals: dict[str, nn.Module] = self.__dict__["originals"]
+        for path, original in originals.items():
+            self._put(path, chosen.get(path, original))
+
+    @contextmanager
+    def for_rows(self, adapters: Sequence[str] | None) -> Iterator[None]:
+        """Inside the block each row goes through the heads of its own adapter; one without any, the base model's."""
+        base: PreTrainedModel = self.__dict__["base"]
+        originals: dict[str, nn.Module] = self.__dict__["originals"]
+        if adapters is None or not originals:
+            yield
+            return
+        before = {path: base.get_submodule(path) for path in originals}
+        own = {name: self._of(name) if name in self.copies else {} for name in set(adapters)}
+        try:
+            for path, original in originals.items():
+                self._put(path, HeadOfRows([own[name].get(path, original) for name in adapters]))
+            yield
+        finally:
+            for path, module in before.items():
+                self._put(path, module)
+
+    def _put(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self.__dict__["base"].get_submodule(parent), name, module)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Modules that wait outside the base model move along with it (`.to`, `.half()`, …)."""

@@ -9,6 +9,20 @@ from transformers import PreTrainedModel
 from softprompt.errors import ConfigError
 
 
+def check_count(adapter_names: Any, inputs: dict[str, Any]) -> None:
+    """ConfigError unless there is one adapter name for each row of the inputs."""
+    if adapter_names is None:
+        return
+    if isinstance(adapter_names, str) or not all(isinstance(each, str) for each in adapter_names) or not adapter_names:
+        raise ConfigError(f"adapter_names={adapter_names!r}; give a list with the name of an adapter for each row.")
+    for name in ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids"):
+        rows = inputs.get(name)
+        if rows is not None and len(rows) != len(adapter_names):
+            raise ConfigError(
+                f"{len(adapter_names)} adapter_names and {len(rows)} rows in {name}; give one name per row."
+            )
+
+
 def packed(inputs: dict[str, Any]) -> bool:
     """Whether a row holds several sequences (positions that start again, and no mask)."""
     positions = inputs.get("position_ids")

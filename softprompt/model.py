@@ -1,7 +1,7 @@
 """`SoftPromptModel`: a frozen base model and its prompts. The names and signatures are PEFT's."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softprompt import checkpoint
-from softprompt.config import EmbeddingConfig, Placement, PromptConfig
+from softprompt.config import PromptConfig
 from softprompt.errors import ConfigError
 from softprompt.fitting import fitted, method_of
+from softprompt.fold_cache import FoldCache
 from softprompt.heads import Heads, with_default_heads
+from softprompt.inputs import check_count, labels_tokens
+from softprompt.per_row import placement_of, run_for
 from softprompt.probe import find_door, word_table
-from softprompt.prompt import KV, EmbeddingPrompt, Embeddings, SoftPrompt
-from softprompt.prompt import evaluating as _evaluating
+from softprompt.prompt import KV, EmbeddingPrompt, SoftPrompt, evaluating
 from softprompt.running import Run
 from softprompt.running.drafting import drafting
 from softprompt.stacking import freeze, unwrapped
@@ -55,6 +57,8 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         self.geometry = geometry
         self.peft_config: dict[str, PromptConfig] = {}
         self.prompt_encoder = nn.ModuleDict()
+        self.folds = FoldCache()
+        self.store: Any = None
         self.heads = Heads(model)
         self.active_adapter = adapter_name
         self._enabled = True
@@ -115,6 +119,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         if adapter_name == self.active_adapter:
             self.set_adapter(next(name for name in self.peft_config if name != adapter_name))
         del self.prompt_encoder[adapter_name], self.peft_config[adapter_name]
+        self.folds.forget(adapter_name)
         self.heads.remove(adapter_name)
 
     @contextmanager
@@ -165,7 +170,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
             return None
         if task is None and encoder.num_tasks > 1:
             return encoder.saved_vectors()
-        with _evaluating(encoder):
+        with evaluating(encoder):
             return encoder.prompt(None if task is None else torch.tensor([task])).vectors[0].detach().clone()
 
     @torch.no_grad()
@@ -177,14 +182,10 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         """
         encoder = self.encoder(adapter_name)
         own = word_table(self.base_model)
-        with _evaluating(encoder), _evaluating(self.base_model):
+        with evaluating(encoder), evaluating(self.base_model):
             prompt = encoder.prompt(None if task is None else torch.tensor([task]))
-            return self._run(encoder, prompt, slots=None, fold=True).as_kv().map(lambda part: part.to(own))
-
-    def _run(self, encoder: SoftPrompt, prompt: Embeddings | KV, slots: Tensor | None, fold: bool = False) -> Run:
-        if fold and isinstance(encoder.config, EmbeddingConfig):
-            return Run(self.door, self.geometry, prompt, Placement(encoder.config.placement))
-        return Run.of(self.door, self.geometry, encoder.config, prompt, slots)
+            run = Run(self.door, self.geometry, prompt, placement_of(encoder.config))
+            return run.as_kv().map(lambda part: part.to(own))
 
     # ---- running -------------------------------------------------------------------------------------------------
 
@@ -198,12 +199,15 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         token_type_ids: Tensor | None = None,
         past_key_values: Any = None,
         return_dict: bool | None = None,
+        adapter_names: Sequence[str] | None = None,
         task_ids: Tensor | None = None,
         slots: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the base model's `forward`; `position_ids` and `past_key_values` count real tokens only.
 
+        `adapter_names` has the adapter of each row, of any methods and lengths, `"__base__"` for none; names of
+        adapters here, or of the attached store's. RowsError where some cannot be used, before anything runs.
         `task_ids` `[B]` chooses each row's task of a multitask prompt. `slots` `[B, T]`, for a prompt whose placement
         is a template, says which virtual token (0…p−1) stands in a column instead of its id; −1 is an ordinary token.
         The loss of a language model also counts a row's first real token (predicted by the last virtual token of an
@@ -216,15 +220,24 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         as_tuple = not (self.base_model.config.return_dict if return_dict is None else return_dict)
         inputs["return_dict"] = True
         if self._enabled:
-            encoder = self.encoder()
-            output = self._run(encoder, encoder.prompt(task_ids), slots).forward(inputs)
+            check_count(adapter_names, inputs)
+            run = run_for(self, adapter_names, task_ids, slots, labels_tokens(inputs))
+            with self.heads.for_rows(adapter_names):
+                output = self.base_model(**inputs) if run is None else run.forward(inputs)
         else:
             output = self.base_model(**inputs)
         return output.to_tuple() if as_tuple else output
 
     @torch.no_grad()
-    def generate(self, *args: Any, task_ids: Tensor | None = None, slots: Tensor | None = None, **kwargs: Any) -> Any:
-        """As the base model's `generate`, with the active prompt; `task_ids` and `slots` as in `forward`.
+    def generate(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: Tensor | None = None,
+        slots: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the base model's `generate`, with the active prompt; `adapter_names`, `task_ids`, `slots` as in `forward`.
 
         Caches hold real tokens only, unless the prompt stands inside the rows or the model keeps a state.
         """
@@ -232,16 +245,30 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         if isinstance(assistant, SoftPromptModel) and assistant._enabled:
             with drafting(assistant) as stand_in:
                 kwargs["assistant_model"] = stand_in
-                return self._generate(args, kwargs, task_ids, slots)
-        return self._generate(args, kwargs, task_ids, slots)
+                return self._generate(args, kwargs, adapter_names, task_ids, slots)
+        return self._generate(args, kwargs, adapter_names, task_ids, slots)
 
-    def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any], task_ids: Any, slots: Any) -> Any:
+    def _generate(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: Any, task_ids: Any, slots: Any
+    ) -> Any:
         if not self._enabled:
             return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
-        encoder = self.encoder()
-        with _evaluating(encoder):
-            prompt = encoder.prompt(task_ids)
-        return self._run(encoder, prompt, slots).generate(*args, **kwargs)
+        check_count(adapter_names, {"inputs": args[0] if args else None, **kwargs})
+        with self._evaluating(adapter_names):
+            run = run_for(self, adapter_names, task_ids, slots, labelled=False)
+        with self.heads.for_rows(adapter_names):
+            if run is None:
+                return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+            return run.generate(*args, **kwargs)
+
+    @contextmanager
+    def _evaluating(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        """Dropout off in the encoders of these adapters."""
+        with ExitStack() as stack:
+            for name in {self.active_adapter} if adapter_names is None else set(adapter_names):
+                if name in self.peft_config:
+                    stack.enter_context(evaluating(self.encoder(name)))
+            yield
 
     # ---- saving and loading --------------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.config import EmbeddingConfig, Placement, PromptConfig
+from softprompt.config import Placement
 from softprompt.doors.cache import Door
 from softprompt.doors.decoder import check_decoding
 from softprompt.doors.embedding import embed, fill_slots, place, take
 from softprompt.doors.encoder import cut, open_encoder
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.fold import fold, fold_and_predict
+from softprompt.fold import Folded, fold, fold_and_predict
 from softprompt.geometry import Geometry
 from softprompt.inputs import (
     beyond_text,
@@ -34,10 +34,13 @@ from softprompt.inputs import (
     with_pooling_mask,
     without_cache,
 )
+from softprompt.join import Mixed
 from softprompt.prompt import KV, Embeddings, spread
 from softprompt.running.context_loss import forward_with_context
 from softprompt.running.first_loss import with_first_loss, without_first
 from softprompt.running.span_loss import with_kept_logits, with_span_loss
+
+Prompt = Embeddings | KV | Folded | Mixed
 
 
 @dataclass(frozen=True)
@@ -46,34 +49,37 @@ class Run:
 
     door: Door
     geometry: Geometry
-    prompt: Embeddings | KV
+    prompt: Prompt
     placement: Placement = Placement.FRONT
     slots: Tensor | None = None
-
-    @staticmethod
-    def of(
-        door: Door, geometry: Geometry, config: PromptConfig, prompt: Embeddings | KV, slots: Tensor | None
-    ) -> "Run":
-        """Raises ConfigError where slots are missing, or given to a prompt that stands elsewhere."""
-        placement = config.placement if isinstance(config, EmbeddingConfig) else Placement.FRONT
-        assert isinstance(placement, Placement)
-        if (slots is None) == (placement is Placement.TEMPLATE):
-            wanted = "needs slots (encode the rows with its template)" if slots is None else "takes no slots"
-            raise ConfigError(f"a prompt with placement={placement.value!r} {wanted}; see EmbeddingConfig.placement.")
-        return Run(door, geometry, prompt, placement, slots)
 
     @property
     def base(self) -> PreTrainedModel:
         return self.door.base
 
     @property
-    def folds(self) -> bool:
-        """Whether the whole prompt is, or can be turned into, keys and values in front of every row."""
-        return isinstance(self.prompt, KV) or (self.geometry.foldable and self.placement is Placement.FRONT)
+    def vectors(self) -> Embeddings | None:
+        """What of the prompt is vectors in the model's input."""
+        if isinstance(self.prompt, Embeddings):
+            return self.prompt
+        return self.prompt.vectors if isinstance(self.prompt, Mixed) else None
 
-    def as_kv(self) -> KV:
+    @property
+    def kv(self) -> KV | None:
+        """What of the prompt is keys and values already."""
         if isinstance(self.prompt, KV):
             return self.prompt
+        return None if isinstance(self.prompt, Embeddings) else self.prompt.kv
+
+    @property
+    def folds(self) -> bool:
+        """Whether the whole prompt is, or can be turned into, keys and values in front of every row."""
+        return self.vectors is None or can_fold(self.geometry, self.placement)
+
+    def as_kv(self) -> KV:
+        if not isinstance(self.prompt, Embeddings):
+            assert self.kv is not None and self.vectors is None
+            return self.kv
         if not self.geometry.foldable:
             what = "causal" if not self.geometry.causal else "made of attention alone"
             raise UnsupportedError(
@@ -116,15 +122,15 @@ class Run:
         if not words or not labels_tokens(inputs) or packed(inputs):
             with self.door.open(self.as_kv()):
                 return self.base(**inputs)
-        prompt, divides = self.prompt, self.geometry.divides_loss
-        if isinstance(prompt, KV):  # nothing predicts the first token, and padding before it does not either
-            with self.door.open(prompt):
-                return self.base(**without_first(inputs, divides=False)[0])
-        kv, logits = fold_and_predict(self.door, prompt)
-        rest, first = without_first(inputs, divides)
-        with self.door.open(kv):
+        folded = fold_and_predict(self.door, self.prompt) if isinstance(self.prompt, Embeddings) else self.prompt
+        folded = folded if isinstance(folded, Folded) else Folded(self.as_kv())
+        divides = self.geometry.divides_loss and folded.logits is not None
+        rest, first = without_first(inputs, folded, divides)
+        with self.door.open(folded.kv):
             output = self.base(**rest)
-        logits = spread(logits, prompt.rows, len(first))
+        if folded.logits is None:  # nothing predicts the first token, and padding before it does not either
+            return output
+        logits = spread(folded.logits, folded.kv.rows, len(first))
         return with_first_loss(output, self.base, logits, first, rest, divides)
 
     def _no_media(self) -> UnsupportedError:
@@ -137,9 +143,8 @@ class Run:
         """Where a row's own columns matter: on encoders (heads read column 0), and with a label for every token."""
         if self.geometry.causal:
             inputs = without_cache(inputs if packed(inputs) else with_mask(inputs))
-        kv, vectors = (self.prompt, None) if isinstance(self.prompt, KV) else (None, self.prompt)
-        inputs, placement = self._placed(inputs, vectors, "right")
-        with self.door.open(kv):
+        inputs, placement = self._placed(inputs, self.vectors, "right")
+        with self.door.open(self.kv):
             return placement.restore(self.base(**inputs))
 
     def _placed(self, inputs: dict[str, Any], vectors: Embeddings | None, padding: str) -> tuple[dict[str, Any], Any]:
@@ -163,14 +168,14 @@ class Run:
 
     def _forward_open_rows(self, inputs: dict[str, Any]) -> Any:
         """Rows of a causal model that may go on: padding first, then the prompt and the row, as a cache needs them."""
-        prompt = self.prompt
-        assert isinstance(prompt, Embeddings)
+        prompt = self.vectors
+        assert prompt is not None
         if cached(inputs):
-            with self.door.open(None):
+            with self.door.open(self.kv):
                 return self.base(**self._behind(inputs, prompt.length))
         inputs = with_mask(with_pooling_mask(inputs, self.base, self.slots), always=True)
         inputs, placement = self._placed(inputs, prompt, "left")
-        with self.door.open(None):
+        with self.door.open(self.kv):
             return placement.restore(self.base(**inputs))
 
     def _behind(self, inputs: dict[str, Any], count: int) -> dict[str, Any]:
@@ -182,8 +187,7 @@ class Run:
         return {**inputs, "attention_mask": widened.sort(dim=1, stable=True).values}
 
     def _forward_encoder_decoder(self, inputs: dict[str, Any]) -> Any:
-        kv, vectors = (self.prompt, None) if isinstance(self.prompt, KV) else (None, self.prompt)
-        slots, placement = self.slots, None
+        kv, vectors, slots, placement = self.kv, self.vectors, self.slots, None
         if kv is not None and kv.layers:
             check_written(inputs)
         if decodes_row(inputs):  # the decoder has no mask for it, so padding must stand behind
@@ -204,7 +208,7 @@ class Run:
         """As the base model's `generate`."""
         generate: Any = self.base.generate
         if self.geometry.encoder_decoder:
-            kv, vectors = (self.prompt, None) if isinstance(self.prompt, KV) else (None, self.prompt)
+            kv, vectors = self.kv, self.vectors
             check_decoding(self.base, vectors, kwargs)
             if kv is not None and kv.layers:
                 check_written(kwargs)
@@ -240,13 +244,17 @@ class Run:
         rows = {name: inputs[name] for name in names if inputs.get(name) is not None}
         if "inputs_embeds" in rows:
             rows.pop("input_ids", None)
-        assert isinstance(self.prompt, Embeddings)
-        placed, _ = self._placed(rows, self.prompt, "left")
+        placed, _ = self._placed(rows, self.vectors, "left")
         ids = None if given is None else _real_ids(given, mask, self.slots)
         options = {name: value for name, value in inputs.items() if name not in (*rows, "inputs", "input_ids")}
-        with self.door.open(None, generating=kwargs.get("position_ids") is None):
+        with self.door.open(self.kv, generating=kwargs.get("position_ids") is None):
             output = generate(None, *args[1:], **options, **placed, input_ids=ids)
         return output if given is None else _starting_with(output, given, ids)
+
+
+def can_fold(geometry: Geometry, placement: Placement) -> bool:
+    """Whether a model can take vectors that stand there as keys and values."""
+    return geometry.foldable and placement is Placement.FRONT
 
 
 def _refuse_drafts(base: PreTrainedModel, args: tuple[Any, ...], options: dict[str, Any]) -> None:

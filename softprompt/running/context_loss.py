@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from softprompt.doors.embedding import Placement
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.fold import fold_and_predict
+from softprompt.fold import fold_with_logits
 from softprompt.inputs import beyond_text, labels_tokens, packed, with_mask, without_cache
 from softprompt.prompt import Context, Embeddings
 from softprompt.running.first_loss import IGNORED, first_columns
@@ -68,7 +68,7 @@ def forward_with_context(run: "Run", prompt: Embeddings, inputs: dict[str, Any])
     items = inputs.pop("num_items_in_batch", None)
     inputs = without_cache(with_mask(inputs, always=True))
     if plain.folds:
-        kv, virtual = fold_and_predict(run.door, Embeddings(prompt.vectors), every=True)
+        kv, virtual = fold_with_logits(run.door, Embeddings(prompt.vectors))
         placement = Placement(None, labels.shape[1])
         columns = first_columns(labels, inputs["attention_mask"])
     else:

@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from softprompt.fold import Folded
+from softprompt.prompt import spread
+
 IGNORED = -100
 
 
@@ -21,17 +24,22 @@ def first_columns(labels: Tensor, mask: Any) -> Tensor:
     return labels.new_zeros(labels.shape[0], 1)
 
 
-def without_first(inputs: dict[str, Any], divides: bool) -> tuple[dict[str, Any], Tensor]:
+def without_first(inputs: dict[str, Any], folded: Folded, divides: bool) -> tuple[dict[str, Any], Tensor]:
     """The inputs whose loss leaves the first real token of each row out, and the labels `[B]` of those tokens.
 
-    A model that `divides` its loss as it is told is told all labels, so that its loss and the first tokens' add up.
+    A row whose prompt predicts nothing has none. A model that `divides` its loss as it is told is told all labels, so
+    that its loss and the first tokens' add up.
     """
     labels = inputs["labels"]
     columns = first_columns(labels, inputs.get("attention_mask"))
     first = labels.gather(1, columns)[:, 0]
-    changed = {**inputs, "labels": labels.scatter(1, columns, IGNORED)}
+    if folded.predicts is not None:
+        predicts = spread(torch.tensor(folded.predicts, device=labels.device), folded.kv.rows, len(first))
+        first = first.masked_fill(~predicts, IGNORED)
+    rest = labels.scatter(1, columns, IGNORED)
+    changed = {**inputs, "labels": rest}
     if divides and inputs.get("num_items_in_batch") is None:
-        changed["num_items_in_batch"] = labels.ne(IGNORED).sum()
+        changed["num_items_in_batch"] = rest.ne(IGNORED).sum() + first.ne(IGNORED).sum()
     return changed, first
 
 
