@@ -51,6 +51,7 @@ from softprompt.model import (
     get_peft_model,
 )
 from softprompt.prompt import KV, Embeddings, SoftPrompt
+from softprompt.store import PromptStore
 from softprompt.template import Template
 from softprompt.together.compare import compare_prompts, initialize_from_prompt
 from softprompt.together.compose import compose_cartridge_adapters, compose_prefixes
@@ -99,6 +100,7 @@ __all__ = [
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
     "PromptEnsemble",
+    "PromptStore",
     "PromptTuningConfig",
     "PromptTuningInit",
     "SoftPrompt",

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from softprompt.checkpoint.config_file import CONFIG_NAME, config_bytes, method_of, parse_config
+from softprompt.checkpoint.undrawn import Undrawn
 from softprompt.config import KVConfig, PromptConfig
 from softprompt.errors import CheckpointError, SoftPromptError
 
@@ -92,6 +93,6 @@ def _state_shapes(config: PromptConfig, path: Path) -> Mapping[str, tuple[int, .
 @lru_cache(maxsize=256)
 def _shapes_on_meta(alike: Alike) -> Mapping[str, tuple[int, ...]]:
     """The shapes in the state of the method's module, which is built without memory for its numbers."""
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         module = method_of(alike.config.peft_type, Path(CONFIG_NAME))(alike.config)
     return {name: tuple(each.shape) for name, each in module.state_dict().items()}
