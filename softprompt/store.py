@@ -11,6 +11,7 @@ as it was. (For prompts up to a few megabytes reading is the faster too.)
 """
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from threading import Lock
 from typing import Any, TypeVar, final
 
 from softprompt.checkpoint import CONFIG_NAME, ENCODER_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
+from softprompt.checkpoint.files import half_written
 from softprompt.errors import CheckpointError, ConfigError, SoftPromptError
 from softprompt.frozen import LoadedPrompt, Loader, size_of
 from softprompt.geometry import Geometry
@@ -29,7 +31,7 @@ Version = tuple[tuple[int, ...] | None, ...]
 
 NO_PROMPT = "__base__"
 DEFAULT = "default"
-READS = 3  # of files that change while they are read
+READS, PAUSE = 20, 0.002  # of files that change while they are read; seconds
 _FILES = (CONFIG_NAME, WEIGHTS_NAME, OLD_WEIGHTS_NAME, ENCODER_NAME)
 
 
@@ -184,8 +186,9 @@ class PromptStore:
                     loaded = self._read(name, folder, loader)
                 except SoftPromptError as caught:
                     error = caught
-                if version != _version(folder):
-                    continue  # some of what was read may be old and some new
+                if version != _version(folder) or half_written(folder):
+                    time.sleep(PAUSE)  # some of what was read may be old and some new
+                    continue
                 if error is not None or loaded is None:
                     raise error or AssertionError
                 with self._lock:

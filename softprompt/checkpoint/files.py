@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from softprompt.checkpoint.config_file import CONFIG_NAME
 from softprompt.checkpoint.guard import check_subfolder, file_inside, reason
 from softprompt.errors import CheckpointError
+
+HALF_WRITTEN_SECONDS = 1.0
 
 Find = Callable[[str], Path | None]
 """From the name of a file of an adapter to where it is, or None where the adapter has no such file."""
@@ -128,6 +131,26 @@ def write_files(folder: Path, contents: Sequence[tuple[str, bytes | None]]) -> N
         raise CheckpointError(
             f"{folder}: saving failed ({reason(error)}) and changed nothing; free some space or choose another folder."
         ) from error
+
+
+def half_written(folder: str) -> bool:
+    """Whether `write_files` is between the first and the last of its renames in `folder`, or has been stopped there.
+
+    Nothing is left half-done for long, so only a folder that has just changed is looked into.
+    """
+    try:
+        if abs(time.time() - os.stat(folder).st_mtime) > HALF_WRITTEN_SECONDS:
+            return False
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    waiting: dict[str, set[str]] = {}
+    for name in names:
+        if name.startswith(".") and name.endswith(".new"):
+            mark, _, rest = name[1:].partition(".")
+            waiting.setdefault(mark, set()).add(rest)
+    first, last = "adapter_model.safetensors.new", f"{CONFIG_NAME}.new"
+    return any(last in left and first not in left for left in waiting.values())
 
 
 def _write(path: Path, data: bytes) -> None:
