@@ -25,9 +25,12 @@ def rows(batch: dict[str, Tensor]) -> list[Tensor]:
 
 
 def own_prompt(model: SoftPromptModel, task_ids: Tensor | None = None) -> Embeddings | KV:
-    """The prompt of one row, `task_ids` `[1]` being its task where the prompt has several."""
+    """The prompt of one row in the model's type, `task_ids` `[1]` being its task where the prompt has several."""
     prompt = model.encoder().prompt() if task_ids is None else model.encoder().prompt(task_ids)
-    return replace(prompt, vectors=prompt.per_row(1), rows=None) if isinstance(prompt, Embeddings) else prompt
+    own = model.get_base_model().get_input_embeddings().weight
+    if isinstance(prompt, KV):
+        return prompt.map(lambda part: part.to(own))
+    return replace(prompt, vectors=prompt.per_row(1).to(own), rows=None)
 
 
 def run(base: PreTrainedModel, prompt: Embeddings | KV, ids: Tensor, first: int = 0, **more: Any) -> ModelOutput:
@@ -199,6 +202,20 @@ def greedy(model: SoftPromptModel, row: Tensor, steps: int, first: int = 0, **of
         out = run(model.get_base_model(), own_prompt(model, **of_task), row, first).logits
         row = torch.cat([row, out[:, -1:].argmax(-1)], dim=1)
     return row[:, -steps:]
+
+
+def beams(model: SoftPromptModel, row: Tensor, steps: int, count: int, **of_task: Tensor) -> Tensor:
+    """The `count` likeliest continuations `[count, steps]` of a beam search of this width, by recomputing all."""
+    base, prompt = model.get_base_model(), own_prompt(model, **of_task)
+    found = [(0.0, row)]
+    for _ in range(steps):
+        longer = []
+        for score, ids in found:
+            chances = run(base, prompt, ids).logits[0, -1].log_softmax(-1)
+            longer += [(score + float(chances[token]), torch.cat([ids, token.view(1, 1)], dim=1))
+                       for token in chances.topk(count).indices]  # fmt: skip
+        found = sorted(longer, key=lambda each: -each[0])[:count]
+    return torch.cat([ids[:, -steps:] for _, ids in found])
 
 
 def decode(model: SoftPromptModel, row: Tensor, steps: int, first: int = 0, **of_task: Tensor) -> Tensor:
