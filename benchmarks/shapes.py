@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from counts import kv_bytes, step_counts
+from counts import flops, kv_bytes, step_counts
 from measure import Arm, wait
 from torch import Tensor
 from transformers import StoppingCriteriaList
@@ -199,7 +199,8 @@ class Clock:
 def generate_arm(base: Any, make: Callable[[], Any], batch: dict[str, Tensor], new: int, **options: Any) -> Arm:
     """Greedy generation of `new` tokens: seconds to the first, per further one (median) and of all; tokens per second.
 
-    Its count is the keys and values held at the last token that were not there before the model was made.
+    Counted are the keys and values held at the last token that were not there before the model was made, and the FLOPs
+    of the first token.
     """
     gc.collect()
     device, rows = str(batch["input_ids"].device), {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -224,7 +225,9 @@ def generate_arm(base: Any, make: Callable[[], Any], batch: dict[str, Tensor], n
     def count() -> dict[str, int]:
         clock = Clock(device, new, width)
         go(clock)
-        return {"kv": clock.kv - before}
+        with torch.no_grad():
+            first = flops(lambda: model.generate(**rows, max_new_tokens=1, do_sample=False, **options))
+        return {"kv": clock.kv - before, "prefill_flops": first}
 
     return Arm(run, count)
 

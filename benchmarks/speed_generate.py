@@ -19,6 +19,7 @@ from speed import Bench, Column, Group, Options, Table, main
 
 COLUMNS = (
     Column("prefill ÷ bare", "prefill", "ms"),
+    Column("its FLOPs ÷ bare", "prefill_flops", "GFLOP"),
     Column("decode step ÷ bare", "decode", "ms"),
     Column("whole run ÷ bare", "whole", "ms"),
     Column("KV held", "kv", "MB", under=None),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-SCRIPTS = ("step", "growth", "generate", "train", "cache_door")
+SCRIPTS = ("step", "growth", "generate", "prompts", "loading", "train", "cache_door")
 BATCH, LENGTH = 2, 8
 
 
