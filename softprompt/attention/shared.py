@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout as drop
 
-from softprompt.attention import cpu
+from softprompt.attention import cpu, cuda
 from softprompt.attention.groups import Group
+from softprompt.attention.trust import agrees
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,40 @@ def _kernel(query: Tensor, value: Tensor, prefix: Prefix, bias: Tensor | None, d
         return None
     if any(each is not None and each.requires_grad for each in (bias, prefix.bias)):
         return None
+    if query.device.type == "cuda" and query.dtype in cuda.TYPES:
+        biased = bias is not None or prefix.bias is not None or any(each.lengths is not None for each in prefix.groups)
+        return cuda if _trusted(str(query.device), query.dtype, query.shape[-1], biased) else None
     return cpu if query.device.type == "cpu" and query.dtype in cpu.TYPES else None
+
+
+_TRUSTED: dict[tuple[str, torch.dtype, int, bool], bool] = {}
+
+
+@torch.compiler.assume_constant_result  # the trial takes place while torch.compile looks on, and not in its graph
+def _trusted(device: str, dtype: torch.dtype, size: int, biased: bool) -> bool:
+    """Whether CUDA's kernels have given what `plain` gives, for heads of this size, without and (`biased`) with biases.
+
+    They are not tried while a CUDA graph is captured, which would break; a first call outside of it settles it.
+    """
+    kinds = [(device, dtype, size, bias) for bias in ((False, True) if biased else (False,))]
+    if any(kind not in _TRUSTED for kind in kinds) and torch.cuda.is_current_stream_capturing():
+        return False
+    for kind in kinds:
+        if kind not in _TRUSTED:
+            _TRUSTED[kind] = agrees(_fast, _plain, torch.device(device), dtype, size, kind[3])
+    return all(_TRUSTED[kind] for kind in kinds)
+
+
+def _fast(states: tuple[Tensor, ...], group: Group, bias: Tensor | None, before: Tensor | None, causal: bool) -> Tensor:
+    prefix = Prefix(states[3], states[4], (group,), before)
+    return cast(Tensor, _Shared.apply(*states, prefix, bias, causal, None, cuda))
+
+
+def _plain(
+    states: tuple[Tensor, ...], group: Group, bias: Tensor | None, before: Tensor | None, causal: bool
+) -> Tensor:
+    query, key, value, prefix_key, prefix_value = states
+    return plain(query, key, value, Prefix(prefix_key, prefix_value, (group,), before), bias, causal)
 
 
 class _Shared(torch.autograd.Function):

@@ -1,0 +1,117 @@
+"""CUDA's kernels with their log-sum-exp, and their backward passes.
+
+Flash attention (grouped queries are native to it) in half precision without a bias, the memory-efficient kernel
+otherwise. `attend` uses them on a device only once `trust.agrees` has seen them agree with the plain formula there.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOWEST = -1e30
+"""Hides a key as well as the lowest number of float32 does, and stays finite in base 2, which the kernels count in."""
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
+_EFFICIENT_BACKWARD = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, hq, T, k]` and float32 log-sum-exp `[B, hq, T]` of queries over keys `[B, h, t, k]`.
+
+    `bias` `[B|1, hq|1, T|1, t]` is additive.
+    """
+    size, scale = query.shape[-1], _scale(query, scale)
+    wide, key, value = _padded(query), _padded(key), _padded(value)
+    if _is_flash(query, bias):
+        output, lse = _FLASH(wide, key, value, 0.0, causal, scale=scale)[:2]
+        return output[..., :size], lse
+    heads = key.shape[1]
+    bias, causal = _bias(bias, query, key, causal)
+    joined = _joined(wide, heads)
+    output, lse = _EFFICIENT(joined, key, value, bias, True, 0.0, causal, scale=scale)[:2]
+    output = output.reshape(wide.shape)[..., :size]
+    return output, lse[..., : joined.shape[2]].reshape(query.shape[:3])  # it is longer: padded along the queries
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; `output` and `lse` may be those of a softmax over more keys than these."""
+    size, scale = query.shape[-1], _scale(query, scale)
+    grad, wide, key, value, output = (_padded(each) for each in (grad, query, key, value, output))
+    if _is_flash(query, bias):
+        lengths = None, None, query.shape[2], key.shape[2]
+        unused = query.new_empty(2, dtype=torch.uint64), query.new_empty((), dtype=torch.uint64)  # dropout's
+        grads = _FLASH_BACKWARD(
+            grad, wide, key, value, output, lse.contiguous(), *lengths, 0.0, causal, *unused, scale=scale
+        )
+        return tuple(each[..., :size] for each in grads)
+    heads = key.shape[1]
+    bias, causal = _bias(bias, query, key, causal)
+    grad, joined, output = (_joined(each, heads) for each in (grad, wide, output))
+    output = output.transpose(1, 2).contiguous().transpose(1, 2)  # the kernel takes its strides for granted
+    lse = lse.reshape(joined.shape[:3])
+    lse = pad(lse, (0, -lse.shape[2] % 32), value=torch.inf).contiguous()
+    unused = query.new_empty((), dtype=torch.int64), query.new_empty((), dtype=torch.int64)
+    wanted = [True, True, True, False]
+    of_query, of_key, of_value, _ = _EFFICIENT_BACKWARD(
+        grad, joined, key, value, bias, output, lse, *unused, 0.0, wanted, causal, scale=scale
+    )
+    return of_query.reshape(wide.shape)[..., :size], of_key[..., :size], of_value[..., :size]
+
+
+def _is_flash(query: Tensor, bias: Tensor | None) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return bias is None and half and query.shape[-1] <= 256 and _has_flash(query.device)
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _padded(values: Tensor) -> Tensor:
+    """With a contiguous last dimension of a multiple of 8, as the kernels need it."""
+    missing = -values.shape[-1] % 8
+    if missing:
+        return pad(values, (0, missing))
+    return values if values.stride(-1) == 1 else values.contiguous()
+
+
+def _joined(values: Tensor, heads: int) -> Tensor:
+    """`[B, hq, T, …]` → `[B, heads, (hq/heads)·T, …]`: grouped queries, unknown to this kernel, are more queries."""
+    return values if values.shape[1] == heads else values.reshape(values.shape[0], heads, -1, *values.shape[3:])
+
+
+def _bias(bias: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> tuple[Tensor | None, bool]:
+    """The bias `[B, h, (hq/h)·T, t]` of joined queries, its rows aligned in memory, and whether causality is left."""
+    (batch, queries, tokens, _), (heads, columns) = query.shape, key.shape[1:3]
+    if causal and queries > heads:
+        later = torch.ones(1, 1, tokens, columns, dtype=torch.bool, device=query.device).triu(1)
+        hidden = torch.zeros_like(later, dtype=query.dtype).masked_fill_(later, torch.finfo(query.dtype).min)
+        bias, causal = hidden if bias is None else hidden + bias, False
+    if bias is None:
+        return None, causal
+    bias = pad(bias.clamp(min=max(_LOWEST, torch.finfo(bias.dtype).min)), (0, -columns % 16))
+    if queries > heads:
+        bias = bias.expand(-1, queries if bias.shape[1] > 1 else queries // heads, tokens, -1)
+        bias = bias.reshape(bias.shape[0], -1, queries // heads * tokens, bias.shape[3])
+    return bias.contiguous()[..., :columns].expand(batch, heads, -1 if bias.shape[2] > 1 else tokens, -1), causal
