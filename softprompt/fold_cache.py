@@ -1,58 +1,72 @@
-"""Folded prompts that are kept: computed once, and again when the prompt or the base model has changed."""
+"""Folded prompts that are kept: a frozen prompt is folded once, and again when it or the base model has changed."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
+from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from softprompt.fold import Folded
 
-Stamp = list[tuple[Tensor, int, int]]
+
+@final
+class Stamp:
+    """The parameters of a module as they are now: themselves, their versions, their places."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parts = [(each, 0 if each.is_inference() else each._version, each.data_ptr())
+                      for each in module.parameters()]  # fmt: skip
+
+    def same(self, other: "Stamp") -> bool:
+        return len(self.parts) == len(other.parts) and all(
+            mine[0] is theirs[0] and mine[1] == theirs[1] and mine[2] == theirs[2]
+            for mine, theirs in zip(self.parts, other.parts, strict=True)
+        )
 
 
+@final
 class FoldCache:
-    """What frozen prompts fold to, by adapter and task, with the tensors it was made from as they were.
+    """What frozen prompts fold to before one base model, by adapter and task.
 
-    A change is seen by the tensors themselves, their version and their place; writing to `.data` in place is not.
+    Kept are prompts of which nothing trains, before a base model of which nothing trains: torch's fused optimizers
+    change parameters without a trace. Any other change in place shows, unless it is made through `.data`.
     """
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[Stamp, Folded]] = {}
+        self._known: dict[Hashable, tuple[Any, Folded]] = {}
+        self._base: Stamp | None = None
+        self._epoch = 0
 
-    def get(self, key: Hashable, made_from: Stamp) -> Folded | None:
-        """What was kept under `key`, if nothing that it was made from has changed since."""
+    def epoch(self, base: nn.Module) -> int | None:
+        """A number that changes with the base model; None, and nothing is kept, while it trains."""
+        if torch.compiler.is_compiling():  # nothing can be looked up there
+            return self._epoch if self._known else None
+        if not frozen(base):
+            self.clear()
+            return None
+        now = Stamp(base)
+        if self._base is None or not now.same(self._base):
+            self._known.clear()
+            self._base, self._epoch = now, self._epoch + 1
+        return self._epoch
+
+    def get(self, key: Hashable, prompt: nn.Module) -> Folded | None:
+        """What was kept under `key` of this prompt, if it has not changed since."""
         known = self._known.get(key)
-        return known[1] if known is not None and _same(known[0], made_from) else None
-
-    def keep(self, key: Hashable, made_from: Stamp, folded: Folded) -> Folded:
-        self._known[key] = made_from, folded
-        return folded
-
-    def forget(self, adapter: str) -> None:
-        """Drop everything of an adapter."""
-        for key in [key for key in self._known if isinstance(key, tuple) and key[0] == adapter]:
+        if known is None or torch.compiler.is_compiling():
+            return None if known is None else known[1]
+        if not frozen(prompt) or not known[0].same(Stamp(prompt)):
             del self._known[key]
+            return None
+        return known[1]
+
+    def keep(self, key: Hashable, prompt: nn.Module, folded: Folded) -> None:
+        self._known[key] = Stamp(prompt), folded
+
+    def clear(self) -> None:
+        self._known.clear()
 
 
-def stamp(modules: Iterable[nn.Module]) -> Stamp:
-    """All parameters of some modules, as they are now."""
-    return [
-        (each, 0 if each.is_inference() else each._version, each.data_ptr())
-        for module in modules
-        for each in module.parameters()
-    ]
-
-
-def _same(known: Stamp, now: Stamp) -> bool:
-    return len(known) == len(now) and all(
-        mine[0] is other[0] and mine[1] == other[1] and mine[2] == other[2]
-        for mine, other in zip(known, now, strict=True)
-    )
-
-
-def frozen(modules: Iterable[nn.Module]) -> bool:
-    """Whether a call now neither trains any of these modules nor draws dropout in them."""
-    grad = torch.is_grad_enabled()
-    return not any(
-        module.training or (grad and any(p.requires_grad for p in module.parameters())) for module in modules
-    )
+def frozen(module: nn.Module) -> bool:
+    """Whether a call neither trains this module nor draws dropout in it."""
+    return not module.training and not any(each.requires_grad for each in module.parameters())

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softprompt import checkpoint
+from softprompt.batch import run_for
+from softprompt.batch.find import placement_of
 from softprompt.config import PromptConfig
 from softprompt.errors import ConfigError
 from softprompt.fitting import fitted, method_of
 from softprompt.fold_cache import FoldCache
 from softprompt.heads import Heads, with_default_heads
 from softprompt.inputs import check_count, labels_tokens
-from softprompt.per_row import placement_of, run_for
 from softprompt.probe import find_door, word_table
 from softprompt.prompt import KV, EmbeddingPrompt, SoftPrompt, evaluating
 from softprompt.running import Run
@@ -26,6 +27,7 @@ from softprompt.running.drafting import drafting
 from softprompt.stacking import freeze, unwrapped
 from softprompt.state import leave_base_out
 from softprompt.status import ModelStatus, model_status
+from softprompt.store import PromptStore
 
 
 def get_peft_model(
@@ -58,7 +60,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         self.peft_config: dict[str, PromptConfig] = {}
         self.prompt_encoder = nn.ModuleDict()
         self.folds = FoldCache()
-        self.store: Any = None
+        self.store: PromptStore | None = None
         self.heads = Heads(model)
         self.active_adapter = adapter_name
         self._enabled = True
@@ -119,7 +121,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         if adapter_name == self.active_adapter:
             self.set_adapter(next(name for name in self.peft_config if name != adapter_name))
         del self.prompt_encoder[adapter_name], self.peft_config[adapter_name]
-        self.folds.forget(adapter_name)
+        self.folds.clear()
         self.heads.remove(adapter_name)
 
     @contextmanager
@@ -148,6 +150,10 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
 
     def get_base_model(self) -> PreTrainedModel:
         return self.base_model
+
+    def attach(self, store: PromptStore | None) -> None:
+        """Let `adapter_names` also name the prompts of a store, for those that are no adapters here; None detaches."""
+        self.store = store
 
     # ---- the prompt ----------------------------------------------------------------------------------------------
 
@@ -319,7 +325,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         """Put a saved prompt (ours or PEFT's) before `model`. Nothing is changed unless everything fits."""
         checkpoint.check_adapter_name(adapter_name)
         model = unwrapped(model)
-        saved = checkpoint.load_adapter(model_id, **_for_hub(hub_options))
+        saved = checkpoint.load_adapter(model_id, **checkpoint.for_hub(hub_options))
         checkpoint.check_fits(saved, find_door(model)[1])
         Heads(model).check(saved.config, saved.tensors)
         loaded = cls(model, saved.config, adapter_name)
@@ -330,7 +336,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **hub_options: Any
     ) -> None:
         """Load one more saved prompt under a name of its own; it does not become active."""
-        saved = checkpoint.load_adapter(model_id, **_for_hub(hub_options))
+        saved = checkpoint.load_adapter(model_id, **checkpoint.for_hub(hub_options))
         checkpoint.check_fits(saved, self.geometry)
         self.heads.check(saved.config, saved.tensors)
         self.add_adapter(adapter_name, saved.config)
@@ -384,13 +390,3 @@ PeftModel = SoftPromptModel
 # PEFT has one class per head; here nothing depends on the head, so its names mean the one class.
 PeftModelForCausalLM = PeftModelForSequenceClassification = PeftModelForTokenClassification = SoftPromptModel
 PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModelForSeq2SeqLM = SoftPromptModel
-
-
-def _for_hub(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of PEFT's loaders: those for the hub are passed on, those that change nothing here are taken off."""
-    for_hub = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
-    without_effect = ("torch_device", "low_cpu_mem_usage", "autocast_adapter_dtype", "ephemeral_gpu_offload")
-    for name in options:
-        if name not in (*for_hub, *without_effect):
-            raise ConfigError(f"loading an adapter has no option {name!r}; it has {', '.join(for_hub)}.")
-    return {name: value for name, value in options.items() if name in for_hub}

@@ -195,11 +195,14 @@ def test_a_static_cache(family: str, method: str, backend: str) -> None:
     close(torch.cat(outputs, dim=1), naive.logits(model, ids)[0])
 
 
-def test_labels_and_a_cache_together_are_refused() -> None:
-    for method in TWO_KINDS:
-        model, ids = make("gpt2", method), ids_of(4)
-        with pytest.raises(ConfigError, match="labels and past_key_values"):
-            model(input_ids=ids, labels=ids, past_key_values=DynamicCache())
+@pytest.mark.parametrize("method", TWO_KINDS)
+def test_labels_and_a_cache_together(method: str) -> None:
+    """The rows stay as they are when every token has a label, so the cache they fill can be gone on from."""
+    model, ids, cache = make("gpt2", method), ids_of(6), DynamicCache()
+    first = model(input_ids=ids[:, :4], labels=ids[:, :4], past_key_values=cache)
+    torch.testing.assert_close(first.loss, model(input_ids=ids[:, :4], labels=ids[:, :4]).loss)
+    rest = model(input_ids=ids[:, 4:], past_key_values=first.past_key_values)
+    close(torch.cat([first.logits, rest.logits], dim=1), naive.logits(model, ids)[0])
 
 
 # ---- windows -----------------------------------------------------------------------------------------------------

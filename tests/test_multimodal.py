@@ -94,10 +94,13 @@ def test_generation_from_an_image(family: str, method: str) -> None:
     assert torch.equal(tokens, inputs["input_ids"])
 
 
-def test_a_label_that_nothing_predicts_is_refused() -> None:
+def test_the_last_virtual_token_predicts_the_first_of_a_row_with_an_image() -> None:
     model, inputs = make("llava", "prompt_tuning"), row("llava")
-    with pytest.raises(ConfigError, match=r"label on its first token.*−100"):
-        model(**inputs, labels=inputs["input_ids"])
+    labels = inputs["input_ids"]
+    virtual = model.get_base_model()(inputs_embeds=model.prompt_vectors()[None]).logits[:, -1:]
+    logits = torch.cat([virtual.expand(len(labels), -1, -1), model(**inputs).logits[:, :-1]], dim=1)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(model(**inputs, labels=labels).loss, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_images_beside_a_prompt_inside_the_row_are_refused() -> None:

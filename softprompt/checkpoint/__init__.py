@@ -17,7 +17,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from softprompt.checkpoint.config_file import CONFIG_NAME, config_to_json, parse_config, read_config
-from softprompt.checkpoint.files import Find, locate, need, write_files
+from softprompt.checkpoint.files import Find, for_hub, locate, need, write_files
 from softprompt.checkpoint.guard import (
     check_adapter_name,
     check_finite,
@@ -38,6 +38,7 @@ __all__ = [
     "SavedAdapter",
     "check_adapter_name",
     "check_fits",
+    "for_hub",
     "load_adapter",
     "load_config",
     "read_adapter",

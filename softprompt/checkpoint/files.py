@@ -11,7 +11,7 @@ from typing import Any
 
 from softprompt.checkpoint.config_file import CONFIG_NAME
 from softprompt.checkpoint.guard import check_subfolder, file_inside, reason
-from softprompt.errors import CheckpointError
+from softprompt.errors import CheckpointError, ConfigError
 
 HALF_WRITTEN_SECONDS = 1.0
 
@@ -200,3 +200,13 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def for_hub(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of PEFT's loaders: those for the hub are passed on, those that change nothing here are taken off."""
+    for_hub = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
+    without_effect = ("torch_device", "low_cpu_mem_usage", "autocast_adapter_dtype", "ephemeral_gpu_offload")
+    for name in options:
+        if name not in (*for_hub, *without_effect):
+            raise ConfigError(f"loading an adapter has no option {name!r}; it has {', '.join(for_hub)}.")
+    return {name: value for name, value in options.items() if name in for_hub}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.batch.join import Mixed
 from softprompt.config import Placement
 from softprompt.doors.cache import Door
 from softprompt.doors.decoder import check_decoding
@@ -34,7 +35,6 @@ from softprompt.inputs import (
     with_pooling_mask,
     without_cache,
 )
-from softprompt.join import Mixed
 from softprompt.prompt import KV, Embeddings, spread
 from softprompt.running.context_loss import forward_with_context
 from softprompt.running.first_loss import with_first_loss, without_first
