@@ -1,7 +1,8 @@
 """Saved prompts as they stand before one base model, without a module for each of them.
 
 A method says what a prompt is by its module: `load_saved`, then `prompt`. One module serves all adapters whose configs
-are alike, one after the other: what it gives is kept, and its parameters are the next adapter's.
+are alike, one after the other: what it gives is kept, and its parameters are the next adapter's. Where a method says
+that its saved table is the prompt, not even that is needed.
 """
 
 import copy
@@ -16,14 +17,15 @@ import torch
 from torch import Tensor
 
 from softprompt.checkpoint import SavedAdapter, check_fits, read_adapter
-from softprompt.checkpoint.files import local_files
+from softprompt.checkpoint.files import Find
 from softprompt.checkpoint.promise import Alike, Promise
 from softprompt.checkpoint.undrawn import Undrawn
-from softprompt.config import PromptConfig
+from softprompt.config import KVConfig, PromptConfig
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.fitting import fitted, method_of
 from softprompt.geometry import Geometry
 from softprompt.heads import with_default_heads
+from softprompt.pairs import dealt
 from softprompt.prompt import KV, Embeddings, SoftPrompt
 
 KEPT_BYTES = 1 << 20  # a larger module is made for each adapter anew: making it costs little beside filling it
@@ -68,14 +70,14 @@ class LoadedPrompt:
 class Loader:
     """Loads prompts for one base model from the folders of adapters. Threads may share it."""
 
-    def __init__(self, geometry: Geometry) -> None:
-        self.geometry = geometry
+    def __init__(self, geometry: Geometry, mapped: bool = False) -> None:
+        self.geometry, self.mapped = geometry, mapped
         self._lock = Lock()
         self._plans: OrderedDict[Promise, _Plan] = OrderedDict()
         self._moulds: OrderedDict[Alike, _Mould] = OrderedDict()
 
-    def load(self, name: str, folder: Path, check_bytes: Callable[[int], None]) -> LoadedPrompt:
-        """The adapter in `folder` under the name `name`, checked in all that `SoftPromptModel.load_adapter` checks.
+    def load(self, name: str, folder: Path, find: Find, check_bytes: Callable[[int], None]) -> LoadedPrompt:
+        """The adapter in `folder`, whose files `find` finds, checked in all that `SoftPromptModel.load_adapter` checks.
 
         `check_bytes` is told how much memory the prompt needs before that is taken. Raises SoftPromptError.
         """
@@ -85,8 +87,10 @@ class Loader:
             check_bytes(promised.nbytes)
             plans.append(self._plan(promised, source))
 
-        saved = read_adapter(local_files(folder), folder, check)
+        saved = read_adapter(find, folder, check, self.mapped)
         plan = plans[0]
+        if plan.method.table_is_prompt:
+            return LoadedPrompt(name, plan.config, _as_saved(plan.config, saved.tensors))
         return LoadedPrompt(name, plan.config, self._mould(plan.alike).pour(saved.tensors))
 
     def _plan(self, promised: Promise, source: str) -> "_Plan":
@@ -116,8 +120,9 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How an adapter stands before a base model: its config filled in, and what its module depends on."""
+    """How an adapter stands before a base model: its method, its config filled in, and what its module depends on."""
 
+    method: type[SoftPrompt]
     config: PromptConfig
     alike: Alike
 
@@ -135,7 +140,18 @@ def _plan(promised: Promise, source: str, geometry: Geometry) -> _Plan:
         config = fitted(promised.config, geometry)
     except (ConfigError, UnsupportedError) as error:
         raise type(error)(f"{source}: {error}") from error
-    return _Plan(config, Alike.of(config))
+    return _Plan(method_of(config), config, Alike.of(config))
+
+
+def _as_saved(config: PromptConfig, tensors: Mapping[str, Tensor]) -> Embeddings | KV:
+    """The prompt of a method whose table is the prompt; views of the table, where that is in float32."""
+    table = tensors["prompt_embeddings"].float()
+    if not isinstance(config, KVConfig):
+        return Embeddings(table[None, : config.num_virtual_tokens])
+    if config.paired:
+        layers = config.num_layers or 1
+        table = dealt(table, layers, config.prefix_width // layers)
+    return KV.from_flat(table, config)
 
 
 @final
@@ -168,12 +184,17 @@ def size_of(value: Any) -> int:
     return sum({each.data_ptr(): each.nbytes() for each in storages(value)}.values())
 
 
-def storages(value: Any) -> "list[torch.UntypedStorage]":
+def storages(value: Any) -> list[torch.UntypedStorage]:
     """The memory of every tensor in such a value."""
-    if isinstance(value, Tensor):
-        return [value.untyped_storage()]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    elif is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, each.name) for each in fields(value)]
-    return [each for part in value for each in storages(part)] if isinstance(value, list | tuple) else []
+    found: list[torch.UntypedStorage] = []
+    waiting = [value]
+    for each in waiting:  # which grows meanwhile
+        if isinstance(each, Tensor):
+            found.append(each.untyped_storage())
+        elif isinstance(each, list | tuple):
+            waiting += each
+        elif isinstance(each, Mapping):
+            waiting += each.values()
+        elif is_dataclass(each) and not isinstance(each, type):
+            waiting += [getattr(each, part.name) for part in fields(each)]
+    return found

@@ -184,6 +184,8 @@ class SoftPrompt(nn.Module, ABC):
     """Which dimension of a saved tensor counts virtual tokens, for those that have one."""
     task_parameters: ClassVar[tuple[str, ...]] = ()
     """The parameters that belong to one of several tasks each; they may have a learning rate of their own."""
+    table_is_prompt: ClassVar[bool] = False
+    """Whether a checkpoint's `prompt_embeddings` are the prompt, with nothing more to compute or to know."""
     task_types: ClassVar[tuple[TaskType, ...]] = tuple(TaskType)
     """The heads the method can be trained for."""
     example: ClassVar[Mapping[str, Any]] = {}

@@ -5,22 +5,22 @@
     kv = store.derived(good["customer-7"], ("kv", device, dtype), lambda: ...)
 
 Every adapter is checked as `SoftPromptModel.load_adapter` checks it, and one that is missing, damaged, hostile or made
-for another base model is an error of its own; the others load. Files are read, not mapped into memory: somebody who
-shortens a mapped file ends the process that uses it, every number is looked at anyway, and what has been checked stays
-as it was. (For prompts up to a few megabytes reading is the faster too.)
+for another base model is an error of its own; the others load.
 """
 
 import os
+import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar, final
 
 from softprompt.checkpoint import CONFIG_NAME, ENCODER_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
-from softprompt.checkpoint.files import half_written
+from softprompt.checkpoint.files import Find, half_written, local_files
 from softprompt.errors import CheckpointError, ConfigError, SoftPromptError
 from softprompt.frozen import LoadedPrompt, Loader, size_of
 from softprompt.geometry import Geometry
@@ -32,7 +32,7 @@ Version = tuple[tuple[int, ...] | None, ...]
 NO_PROMPT = "__base__"
 DEFAULT = "default"
 READS, PAUSE = 20, 0.002  # of files that change while they are read; seconds
-_FILES = (CONFIG_NAME, WEIGHTS_NAME, OLD_WEIGHTS_NAME, ENCODER_NAME)
+_FILES: tuple[str, ...] = (CONFIG_NAME, WEIGHTS_NAME, OLD_WEIGHTS_NAME, ENCODER_NAME)
 
 
 @dataclass(eq=False)
@@ -58,14 +58,24 @@ class PromptStore:
     that were used least recently go first, each with what was derived from it; a batch that uses them still has them.
     A prompt that is larger than the limit is refused.
 
+    Files are read: somebody who shortens a file that is mapped into memory ends the process, and what has been checked
+    stays as it was. `mapped=True` maps them, for folders whose files are only ever replaced as a whole (as this library
+    saves; `cp` and PEFT write into the old file): long prompts load faster, and the system may share the memory and
+    take it back.
+
     A prompt is the same object from one `load` to the next until it is dropped, or its files change, are replaced or
     deleted: that shows in the next `load`.
     """
 
-    def __init__(self, prompts: str | Path | Mapping[str, str | Path] | None = None, max_bytes: int = 2 << 30) -> None:
+    def __init__(
+        self,
+        prompts: str | Path | Mapping[str, str | Path] | None = None,
+        max_bytes: int = 2 << 30,
+        mapped: bool = False,
+    ) -> None:
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
             raise ConfigError(f"max_bytes={max_bytes!r} must be a whole number of at least 1.")
-        self.max_bytes = max_bytes
+        self.max_bytes, self.mapped = max_bytes, mapped
         self._lock = Lock()  # of all that follows; never held while files are read or anything is computed
         self._folders: dict[str, str] = {}
         self._loaders: dict[Geometry, Loader] = {}
@@ -124,7 +134,7 @@ class PromptStore:
     ) -> tuple[dict[str, LoadedPrompt], dict[str, SoftPromptError]]:
         """The prompts of these names for a base model of this geometry, and why the others could not be loaded."""
         with self._lock:
-            loader = self._loaders.setdefault(geometry, Loader(geometry))
+            loader = self._loaders.setdefault(geometry, Loader(geometry, self.mapped))
         good: dict[str, LoadedPrompt] = {}
         bad: dict[str, SoftPromptError] = {}
         for name in dict.fromkeys(names):
@@ -183,10 +193,10 @@ class PromptStore:
                     folder = self._folder(name)
                 version, error = _version(folder), None
                 try:
-                    loaded = self._read(name, folder, loader)
+                    loaded = self._read(name, folder, version, loader)
                 except SoftPromptError as caught:
                     error = caught
-                if version != _version(folder) or half_written(folder):
+                if not _same(folder, version) or half_written(folder):
                     time.sleep(PAUSE)  # some of what was read may be old and some new
                     continue
                 if error is not None or loaded is None:
@@ -196,8 +206,8 @@ class PromptStore:
                 return loaded
         raise CheckpointError(f"the files of the prompt {name!r} change while they are read; ask for it again.")
 
-    def _read(self, name: str, folder: str, loader: Loader) -> LoadedPrompt:
-        if not os.path.isdir(folder):
+    def _read(self, name: str, folder: str, version: Version, loader: Loader) -> LoadedPrompt:
+        if not any(version) and not os.path.isdir(folder):
             raise CheckpointError(
                 f"there is no folder {folder!r} for the prompt {name!r}; a store reads folders on this machine only: "
                 "check the path, or download the adapter and register its folder."
@@ -211,7 +221,8 @@ class PromptStore:
                 )
 
         try:
-            return loader.load(name, Path(folder), check_bytes)
+            path = Path(folder)
+            return loader.load(name, path, _finder(path, version), check_bytes)
         except OSError as error:
             raise CheckpointError(f"{folder} (the prompt {name!r}) cannot be read: {error.strerror}.") from error
 
@@ -257,16 +268,38 @@ class PromptStore:
             self._nbytes -= held.nbytes
 
 
-def _version(folder: str) -> Version:
-    return tuple([_stamp(f"{folder}/{name}") for name in _FILES])
+def _version(folder: str, names: Iterable[str] = _FILES) -> Version:
+    return tuple([_stamp(f"{folder}/{name}") for name in names])
+
+
+def _same(folder: str, version: Version) -> bool:
+    """Whether the files that were there are still the same."""
+    there = [number for number, stamp in enumerate(version) if stamp is not None]
+    return _version(folder, [_FILES[number] for number in there]) == tuple([version[number] for number in there])
 
 
 def _stamp(path: str) -> tuple[int, ...] | None:
+    """Whether it is a file and no link, and what changes with it (or with what the link leads to); None: not there."""
     try:
-        found = os.stat(path)
+        found = os.lstat(path)
     except (OSError, ValueError):
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    plain = stat.S_ISREG(found.st_mode)
+    if not plain:
+        with suppress(OSError):
+            found = os.stat(path)
+    return plain, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _finder(folder: Path, version: Version) -> Find:
+    """`local_files(folder)`, which asks the system nothing that the version says already."""
+    stamps, ask = dict(zip(_FILES, version, strict=True)), local_files(folder)
+
+    def find(name: str) -> Path | None:
+        stamp = stamps[name]
+        return None if stamp is None else folder / name if stamp[0] else ask(name)
+
+    return find
 
 
 def _adapters_below(root: Path) -> dict[str, str]:

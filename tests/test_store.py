@@ -62,9 +62,12 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("family", "task", "method"), CELLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "mapped"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)],
+)
 def test_every_method_is_what_load_adapter_makes_of_it(
-    tmp_path: Path, family: str, task: str, method: str, dtype: torch.dtype
+    tmp_path: Path, family: str, task: str, method: str, dtype: torch.dtype, mapped: bool
 ) -> None:
     torch.manual_seed(0)
     options = {"prefix_tuning": {"prefix_dropout": 0.5, "prefix_projection": True}}.get(method, {})
@@ -78,7 +81,7 @@ def test_every_method_is_what_load_adapter_makes_of_it(
     path = tmp_path / "one" / WEIGHTS
     save_file({name: each.to(dtype) for name, each in load_file(path).items()}, path)
     again = SoftPromptModel.from_pretrained(families.build(family, task), tmp_path / "one")
-    state, store = torch.get_rng_state(), PromptStore({"one": tmp_path / "one"})
+    state, store = torch.get_rng_state(), PromptStore({"one": tmp_path / "one"}, mapped=mapped)
     good, bad = store.load(["one"], again.geometry)
     assert not bad
     assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn

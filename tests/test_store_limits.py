@@ -52,6 +52,18 @@ def test_a_file_that_is_shortened_while_it_is_used(folder: Path) -> None:
     assert isinstance(error_of(store, "p0"), CheckpointError)
 
 
+def test_a_mapped_file_that_is_replaced_or_deleted_while_it_is_used(folder: Path) -> None:
+    store = PromptStore(folder, mapped=True)
+    found = [vectors(store, f"p{number}") for number in range(2)]
+    write(folder / "p0", 50)
+    shutil.rmtree(folder / "p1")
+    assert torch.equal(vectors(store, "p0")[0], table(50))
+    assert isinstance(error_of(store, "p1"), CheckpointError)
+    assert torch.equal(found[0][0], table(0))
+    assert torch.equal(found[1][0], table(1))
+    assert store.nbytes == BYTES
+
+
 def test_a_folder_that_is_switched(folder: Path) -> None:
     (folder / "current").symlink_to("p0")
     store = PromptStore({"a": folder / "current"})

@@ -113,12 +113,15 @@ def load_adapter(
 
 
 def read_adapter(
-    find: Find, asked: str | Path, check: Callable[[Promise, str], None] = lambda promised, source: None
+    find: Find,
+    asked: str | Path,
+    check: Callable[[Promise, str], None] = lambda promised, source: None,
+    mapped: bool = False,
 ) -> SavedAdapter:
     """Read an adapter from where `find` finds its files; `asked` is what the user called it. Raises CheckpointError.
 
     `check` sees what the config promises, and where it stands, before a tensor is read. Adapters with the same
-    `adapter_config.json` share the config.
+    `adapter_config.json` share the config. `mapped`: as for `tensor_file.read_file`.
     """
     config_path = need(find, CONFIG_NAME, asked)
     promised, source = read_promise(config_path), str(config_path.parent)
@@ -128,7 +131,7 @@ def read_adapter(
         raise CheckpointError(
             f"{source} has a {CONFIG_NAME} but neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME}; copy the whole adapter."
         )
-    tensors = read_tensors(weights, promised.shapes, promised.config.modules_to_save)
+    tensors = read_tensors(weights, promised.shapes, promised.config.modules_to_save, mapped)
     kept = find(ENCODER_NAME)
     encoder = None if kept is None else _load_encoder(kept, config_path, promised, tensors)
     return SavedAdapter(promised.config, tensors, encoder, source)

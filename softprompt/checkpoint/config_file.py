@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from softprompt.checkpoint.tensor_file import BINARY
 from softprompt.config import PromptConfig
 from softprompt.errors import CheckpointError, SoftPromptError
 from softprompt.methods import METHODS
@@ -77,9 +78,11 @@ def read_config(path: Path) -> PromptConfig:
 def config_bytes(path: Path) -> bytes:
     """What stands in the file `path`, up to a byte more than a config may have. Raises CheckpointError."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            wanted = min(os.fstat(file.fileno()).st_size, MAX_CONFIG_BYTES) + 1
-            return file.read(wanted)
+        handle = os.open(path, os.O_RDONLY | BINARY)  # each call of the system counts where adapters are many
+        try:
+            return os.read(handle, min(os.fstat(handle).st_size, MAX_CONFIG_BYTES) + 1)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 

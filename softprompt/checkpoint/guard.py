@@ -53,10 +53,16 @@ def file_inside(folder: Path, name: str, roots: Callable[[], tuple[Path, ...]] =
     A link may only lead to somewhere in `folder` or in one of `roots()` (the hub's cache keeps its files in another
     folder); pipes and devices would block or never end. Raises CheckpointError.
     """
+    if os.path.basename(name) == name:
+        try:
+            if stat.S_ISREG(os.lstat(os.path.join(folder, name)).st_mode):
+                return folder / name  # what is not a link lies where it is
+        except FileNotFoundError:
+            return None
+        except OSError:
+            pass  # its reason is found below
     path = folder / name
     try:
-        if os.path.basename(name) == name and stat.S_ISREG(os.lstat(path).st_mode):
-            return path  # what is not a link lies where it is
         real = path.resolve(strict=True)
         mode = real.stat().st_mode
         allowed = [root.resolve() for root in (folder, *roots())]
@@ -80,17 +86,27 @@ def is_head(name: str, modules: list[str] | None) -> bool:
 
 
 def read_tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], heads: list[str] | None = None
+    path: Path, shapes: Mapping[str, tuple[int, ...]], heads: list[str] | None = None, mapped: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or `.bin` file, on the CPU, each in its own memory.
+    """The tensors of a `.safetensors` or `.bin` file, on the CPU, each in its own memory (or `mapped`: `read_file`).
 
     The file must hold exactly the names in `shapes`, with these shapes, and besides them only tensors of the modules
     `heads`. Raises CheckpointError that names the file and the reason.
     """
     need = 8 * sum(math.prod(shape) for shape in shapes.values())
-    _check_size(path, need + HEADER_BYTES + (HEAD_BYTES if heads else 0))
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_bin
-    return check_finite(path, read(path, lambda found: check_layouts(path, found, shapes, heads)))
+    limit = need + HEADER_BYTES + (HEAD_BYTES if heads else 0)
+
+    def check(found: dict[str, Layout]) -> None:
+        check_layouts(path, found, shapes, heads)
+
+    if path.suffix == ".safetensors":
+        with _damage(path):
+            tensors = read_file(path, check, mapped, lambda size: _check_size(path, size, limit))
+    else:
+        with _damage(path):
+            _check_size(path, path.stat().st_size, limit)
+        tensors = _read_bin(path, check)
+    return check_finite(path, tensors)
 
 
 def read_any_tensors(path: Path, check: Callable[[dict[str, Layout]], None]) -> dict[str, Tensor]:
@@ -100,8 +116,10 @@ def read_any_tensors(path: Path, check: Callable[[dict[str, Layout]], None]) -> 
         check(found)
         _check_types(path, found)
 
-    read = _read_bin if path.suffix == ".bin" else _read_safetensors
-    return check_finite(path, read(path, check_all))
+    if path.suffix == ".bin":
+        return check_finite(path, _read_bin(path, check_all))
+    with _damage(path):
+        return check_finite(path, read_file(path, check_all))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -157,11 +175,6 @@ def check_finite(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_safetensors(path: Path, check: Callable[[dict[str, Layout]], None]) -> dict[str, Tensor]:
-    with _damage(path):
-        return read_file(path, check)
-
-
 def _read_bin(path: Path, check: Callable[[dict[str, Layout]], None]) -> dict[str, Tensor]:
     """A file of `torch.save`, without running anything in it."""
     size = path.stat().st_size
@@ -202,9 +215,7 @@ def _damage(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {what}; save the adapter again, as safetensors.") from error
 
 
-def _check_size(path: Path, limit: int) -> None:
-    with _damage(path):
-        size = path.stat().st_size
+def _check_size(path: Path, size: int, limit: int) -> None:
     if size > limit:
         raise CheckpointError(
             f"{path} has {size:,} bytes but its config promises tensors of at most {limit:,}; the two files do not "

@@ -1,10 +1,10 @@
-"""Reading `.safetensors` files without mapping them into memory.
+"""Reading `.safetensors` files, if possible without mapping them into memory.
 
 The format (https://github.com/huggingface/safetensors#format): eight bytes with the length of a JSON header, little
 endian; the header, `{name: {"dtype", "shape", "data_offsets"}}` and `__metadata__`; the data, without gaps. The
 library's own reader maps the file, and a process that touches a map of a file that somebody has shortened since (`cp`
 over it does) is killed by the system. Here every byte is read, so that the worst of files is an error, and what has
-been checked stays as it was. Reading costs what mapping does up to some megabytes, as every number is looked at anyway.
+been checked stays as it was. Mapping is for those who ask for it: it is the faster, the more the larger a prompt is.
 """
 
 import json
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 HEADER_BYTES = 1_000_000
+FIRST_BYTES = 2048  # read at once, in which the header of most files ends
+BINARY = getattr(os, "O_BINARY", 0)  # of Windows alone
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -52,30 +55,46 @@ class Stored:
         return self.shape, DTYPES.get(self.dtype, self.dtype)
 
 
-def read_file(path: Path, check: Callable[[dict[str, Layout]], None]) -> dict[str, Tensor]:
-    """Every tensor of a file, each in its own memory, if `check` accepts their layouts.
+def read_file(
+    path: Path,
+    check: Callable[[dict[str, Layout]], None],
+    mapped: bool = False,
+    check_size: Callable[[int], None] = lambda size: None,
+) -> dict[str, Tensor]:
+    """Every tensor of a file, each in its own memory, if `check_size` accepts its size and `check` their layouts.
 
-    Raises what `check` does, DamagedFileError and OSError; no data is read before `check` has seen the header.
+    `mapped`: in the memory of the file, which has to be replaced as a whole or not at all as long as they are used;
+    writing into them does not change the file. Raises what the checks do, DamagedFileError and OSError; no data is read
+    before `check` has seen the header.
     """
     with open(path, "rb", buffering=0) as file:
-        stored, _ = _read_header(file)
+        size = os.fstat(file.fileno()).st_size
+        check_size(size)
+        stored, start, _ = _read_header(file, size)
         check({each.name: each.layout for each in stored})
+        if mapped:
+            pages = mmap(file.fileno(), 0, access=ACCESS_COPY)
+            return {each.name: _mapped_tensor(pages, start, each) for each in stored}
+        file.seek(start)
         return {each.name: _read_tensor(file, each) for each in stored}
 
 
 def read_text(path: Path) -> dict[str, str]:
     """The text metadata of a file. Raises DamagedFileError and OSError."""
     with open(path, "rb", buffering=0) as file:
-        return _read_header(file)[1]
+        return _read_header(file, os.fstat(file.fileno()).st_size)[2]
 
 
-def _read_header(file: FileIO) -> tuple[list[Stored], dict[str, str]]:
-    """The tensors in the order of their data, which is where the file then stands, and the metadata."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(_bytes(file, 8), "little")
-    if length > min(HEADER_BYTES, size - 8):
+def _read_header(file: FileIO, size: int) -> tuple[list[Stored], int, dict[str, str]]:
+    """The tensors in the order of their data, where that begins, and the metadata, of a file of `size` bytes."""
+    first = file.read(FIRST_BYTES) or b""
+    length = int.from_bytes(first[:8], "little")
+    if len(first) < 8 or length > min(HEADER_BYTES, size - 8):
         raise DamagedFileError(f"its header claims {length:,} bytes")
-    header = json.loads(_bytes(file, length).decode("utf-8"), object_pairs_hook=_no_duplicates)
+    text = first[8 : 8 + length]
+    if len(text) < length:
+        text += _bytes(file, length - len(text))
+    header = _JSON.decode(text.decode("utf-8"))
     if not isinstance(header, dict):
         raise DamagedFileError("its header is no JSON object")
     metadata = header.pop("__metadata__", None) or {}
@@ -89,7 +108,7 @@ def _read_header(file: FileIO) -> tuple[list[Stored], dict[str, str]]:
         reached = each.end
     if reached != size - 8 - length:
         raise DamagedFileError(f"its tensors end at byte {reached:,} of {size - 8 - length:,}")
-    return stored, metadata
+    return stored, 8 + length, metadata
 
 
 def _stored(name: str, entry: Any) -> Stored:
@@ -118,10 +137,22 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+_JSON = json.JSONDecoder(object_pairs_hook=_no_duplicates)
+
+
 def _read_tensor(file: FileIO, stored: Stored) -> Tensor:
     data = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
     _fill(file, data.numpy().data)
     return data.view(DTYPES[stored.dtype]).view(stored.shape)
+
+
+def _mapped_tensor(pages: mmap, start: int, stored: Stored) -> Tensor:
+    dtype, begin = DTYPES[stored.dtype], start + stored.begin
+    count = (stored.end - stored.begin) // dtype.itemsize
+    if not count or begin % dtype.itemsize:  # nothing to map, or not where a number may stand
+        data = torch.frombuffer(bytearray(pages[begin : start + stored.end]), dtype=dtype) if count else torch.empty(0)
+        return data.to(dtype).view(stored.shape)
+    return torch.frombuffer(pages, dtype=dtype, count=count, offset=begin).view(stored.shape)
 
 
 def _bytes(file: FileIO, count: int) -> bytes:

@@ -90,6 +90,7 @@ class CartridgeEncoder(KVPrompt):
 
     name = "cartridge"
     config_class = CartridgeConfig
+    table_is_prompt = True
     embedding: SinkTable
 
     def __init__(self, config: CartridgeConfig, word_embeddings: nn.Module | None = None) -> None:

@@ -56,6 +56,7 @@ class PromptEncoder(EmbeddingPrompt):
 
     name = "p_tuning"
     config_class = PromptEncoderConfig
+    table_is_prompt = True
 
     def __init__(self, config: PromptEncoderConfig, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()

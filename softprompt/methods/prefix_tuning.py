@@ -45,6 +45,7 @@ class PrefixEncoder(KVPrompt):
 
     name = "prefix_tuning"
     config_class = PrefixTuningConfig
+    table_is_prompt = True
 
     def __init__(self, config: PrefixTuningConfig, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()

@@ -86,6 +86,7 @@ class PromptEmbedding(EmbeddingPrompt):
 
     name = "prompt_tuning"
     config_class = PromptTuningConfig
+    table_is_prompt = True
 
     def __init__(self, config: PromptTuningConfig, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()
