@@ -41,11 +41,11 @@ class LoadedPrompt:
     it holds. `lock`: held while something is computed from it.
     """
 
-    def __init__(self, name: str, config: PromptConfig, found: Embeddings | KV | SoftPrompt) -> None:
+    def __init__(self, name: str, config: PromptConfig, found: Embeddings | KV | SoftPrompt, nbytes: int) -> None:
         self.name = name
         self.config = config
         self.num_tasks = found.num_tasks if isinstance(found, SoftPrompt) else 1
-        self.nbytes = size_of([*found.parameters(), *found.buffers()] if isinstance(found, SoftPrompt) else found)
+        self.nbytes = nbytes
         self.lock = RLock()
         self._found = found
 
@@ -90,8 +90,11 @@ class Loader:
         saved = read_adapter(find, folder, check, self.mapped)
         plan = plans[0]
         if plan.method.table_is_prompt:
-            return LoadedPrompt(name, plan.config, _as_saved(plan.config, saved.tensors))
-        return LoadedPrompt(name, plan.config, self._mould(plan.alike).pour(saved.tensors))
+            found, nbytes = _as_saved(plan.config, saved.tensors)
+        else:
+            found = self._mould(plan.alike).pour(saved.tensors)
+            nbytes = size_of([*found.parameters(), *found.buffers()] if isinstance(found, SoftPrompt) else found)
+        return LoadedPrompt(name, plan.config, found, nbytes)
 
     def _plan(self, promised: Promise, source: str) -> "_Plan":
         with self._lock:
@@ -143,15 +146,17 @@ def _plan(promised: Promise, source: str, geometry: Geometry) -> _Plan:
     return _Plan(method_of(config), config, Alike.of(config))
 
 
-def _as_saved(config: PromptConfig, tensors: Mapping[str, Tensor]) -> Embeddings | KV:
-    """The prompt of a method whose table is the prompt; views of the table, where that is in float32."""
+def _as_saved(config: PromptConfig, tensors: Mapping[str, Tensor]) -> tuple[Embeddings | KV, int]:
+    """The prompt of a method whose table is the prompt, views of the table where that is in float32, and its bytes."""
     table = tensors["prompt_embeddings"].float()
-    if not isinstance(config, KVConfig):
-        return Embeddings(table[None, : config.num_virtual_tokens])
-    if config.paired:
-        layers = config.num_layers or 1
-        table = dealt(table, layers, config.prefix_width // layers)
-    return KV.from_flat(table, config)
+    if isinstance(config, KVConfig):
+        if config.paired:
+            layers = config.num_layers or 1
+            table = dealt(table, layers, config.prefix_width // layers)
+        found = KV.from_flat(table, config)
+    else:
+        found = Embeddings(table[None, : config.num_virtual_tokens])
+    return found, table.untyped_storage().nbytes()
 
 
 @final

@@ -93,12 +93,16 @@ class KV:
         The decoder's layers come first, then cross-attention's, then the encoder's, as far as the config has them.
         """
         shapes = config.prefix_shapes
-        widths = [heads * size for heads, *sizes in shapes for size in sizes]
-        heads = [each[0] for each in shapes for _ in range(2)]
-        parts = [
-            part.unflatten(1, (count, -1)).transpose(0, 1)[None]
-            for part, count in zip(flat.split(widths, dim=1), heads, strict=True)
-        ]
+        heads, size, other = shapes[0]
+        if size == other and all(each == shapes[0] for each in shapes):  # as a rule; in one step
+            parts = flat.unflatten(1, (2 * len(shapes), 1, heads, size)).permute(1, 2, 3, 0, 4).unbind()
+        else:
+            widths = [heads * size for heads, *sizes in shapes for size in sizes]
+            counts = [each[0] for each in shapes for _ in range(2)]
+            parts = [
+                part.unflatten(1, (count, -1)).transpose(0, 1)[None]
+                for part, count in zip(flat.split(widths, dim=1), counts, strict=True)
+            ]
         pairs = tuple(zip(parts[::2], parts[1::2], strict=True))
         assert config.num_layers is not None
         own = config.num_layers if config.decoder_prefix else 0

@@ -191,19 +191,20 @@ class PromptStore:
             for _ in range(READS):
                 with self._lock:
                     folder = self._folder(name)
-                version, error = _version(folder), None
+                version = _version(folder)
+                found: LoadedPrompt | SoftPromptError
                 try:
-                    loaded = self._read(name, folder, version, loader)
-                except SoftPromptError as caught:
-                    error = caught
+                    found = self._read(name, folder, version, loader)
+                except SoftPromptError as error:
+                    found = error
                 if not _same(folder, version) or half_written(folder):
                     time.sleep(PAUSE)  # some of what was read may be old and some new
                     continue
-                if error is not None or loaded is None:
-                    raise error or AssertionError
+                if isinstance(found, SoftPromptError):
+                    raise found
                 with self._lock:
-                    self._keep(_Held(loaded, folder, version, loaded.nbytes), (name, loader))
-                return loaded
+                    self._keep(_Held(found, folder, version, found.nbytes), (name, loader))
+                return found
         raise CheckpointError(f"the files of the prompt {name!r} change while they are read; ask for it again.")
 
     def _read(self, name: str, folder: str, version: Version, loader: Loader) -> LoadedPrompt:
