@@ -45,7 +45,8 @@ def fold_and_predict(door: Door, prompt: Embeddings) -> Folded:
     if door.base.get_output_embeddings() is None:
         return Folded(fold(door, prompt))
     kv, logits = _through(door, prompt, last=True)
-    return Folded(kv, logits[:, -1])
+    lengths = prompt.lengths
+    return Folded(kv, logits[:, -1], None if lengths is None or all(lengths) else tuple(map(bool, lengths)))
 
 
 def fold_with_logits(door: Door, prompt: Embeddings) -> tuple[KV, Tensor]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from softprompt.doors.attending import registered
 from softprompt.doors.opening import _OPENING, Opening, Recording
 from softprompt.doors.positions import true_positions
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.prompt import KV
 
 _LOCK = Lock()
@@ -73,6 +73,9 @@ class AttentionDoor:
             if recording is None:
                 for module, hook in self._position_hooks(opening):
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                if prefix is not None and prefix.lengths is not None:
+                    for table in self._decoder_tables():
+                        stack.callback(table.register_forward_hook(_by_rows(opening), with_kwargs=True).remove)
             yield
 
     def _pairs(self, prefix: KV | None) -> dict[nn.Module, list[tuple[Tensor, Tensor]]]:
@@ -88,12 +91,17 @@ class AttentionDoor:
     def _position_hooks(self, opening: Opening) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """What moves real tokens behind the prefix: positions given to the model, or read by its decoder."""
         if self.encoder_decoder:
-            tables = [each for name, each in self.base.get_decoder().named_modules() if name == "embed_positions"]
             return [
                 (self.base, self._note_seen(opening)),
-                *((each, self._shift_decoder(opening)) for each in tables),
+                *((each, self._shift_decoder(opening)) for each in self._decoder_tables()),
             ]
         return [(self.text, self._shift_positions(opening))] if self.takes_positions else []
+
+    def _decoder_tables(self) -> list[nn.Module]:
+        """The position tables of a BART-like decoder."""
+        if not self.encoder_decoder:
+            return []
+        return [each for name, each in self.base.get_decoder().named_modules() if name == "embed_positions"]
 
     def _note_seen(self, opening: Opening) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -106,16 +114,23 @@ class AttentionDoor:
         return hook
 
     def _shift_decoder(self, opening: Opening) -> Callable[..., Any]:
-        """A pre-hook on the position table of a BART-like decoder, which is called with `position_ids` `[T]`."""
+        """A pre-hook on the position table of a BART-like decoder, which is called with `position_ids` `[T]`.
 
-        def hook(table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        Where prompts differ in length it gets those of all rows in turn, `[B·T]`; `_by_rows` takes them apart.
+        """
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if _OPENING.get() is not opening or not opening.longest:
                 return None
-            batch = len(args[0]) if isinstance(args[0], Tensor) else args[0][0]  # some give the shape
-            positions = kwargs["position_ids"]
-            positions = positions + opening.shift(batch, positions.device)
+            positions = kwargs.get("position_ids")
+            if not isinstance(positions, Tensor):
+                raise UnsupportedError(
+                    f"the decoder of {type(self.base).__name__} is told no positions, so its tokens cannot be moved "
+                    "behind a prefix; set decoder_prefix=False, or train prompt_tuning."
+                )
+            positions = positions + opening.shift(_rows_of(args, opening), positions.device)
             self._check_room(positions, opening.longest + int(opening.seen) + positions.shape[-1])
-            return args, {**kwargs, "position_ids": positions}
+            return args, {**kwargs, "position_ids": positions.flatten()}
 
         return hook
 
@@ -238,6 +253,26 @@ class AttentionDoor:
             return run(replay, *args, *tensors, **options)
 
         return checkpointed
+
+
+def _rows_of(args: tuple[Any, ...], opening: Opening) -> int:
+    """How many rows a position table is called for, with their ids, their shape, or None for rows of vectors."""
+    given = args[0] if args else None
+    if given is None:
+        rows = None if opening.prefix is None else opening.prefix.rows
+        return 1 if rows is None else len(rows)
+    return len(given) if isinstance(given, Tensor) else int(given[0])
+
+
+def _by_rows(opening: Opening) -> Callable[..., Any]:
+    """A hook on a position table that `_shift_decoder` has given all rows' positions: its result as `[B, T, d]`."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if _OPENING.get() is not opening or not opening.longest:
+            return output
+        return output.reshape(_rows_of(args, opening), -1, output.shape[-1])
+
+    return hook
 
 
 def _direct(layer: Callable[..., Any], *args: Any, **_: Any) -> Any:

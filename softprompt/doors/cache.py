@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from softprompt.doors.attending import BACKENDS
 from softprompt.doors.attention import AttentionDoor
+from softprompt.doors.lengths import own_lengths
 from softprompt.doors.opening import Recording
 from softprompt.doors.positions import true_positions
 from softprompt.doors.prefixed_cache import (
@@ -184,6 +185,7 @@ class CacheDoor:
                 f"dimensions, not {tuple(mask.shape)}; give each sequence a row of its own, and no static cache."
             )
         length = 0 if prefix is None else prefix.length
+        lengths = None if prefix is None else own_lengths(prefix, inputs.shape[0], inputs.device)
         columns = count_columns(own, inputs.shape[1])
         changed: dict[str, Any] = {}
         positions: Tensor | None = None
@@ -192,17 +194,22 @@ class CacheDoor:
                 given = None  # counted from 0 there, which such a model's own positions are not
             known = isinstance(given, Tensor)
             positions = given - self.position_offset if known else true_positions(inputs, mask, own)
-            changed["position_ids"] = positions + length + self.position_offset
-        self._check_room(length, columns, positions)
+            positions = positions + (length if lengths is None else lengths[:, None])
+            changed["position_ids"] = positions + self.position_offset
+        self._check_room(length + columns, positions)
         if prefix is None:
             return changed
+        if mask is None and lengths is not None:
+            seen = 0 if own is None else int(own.get_seq_length())
+            mask = torch.ones(inputs.shape[0], seen + inputs.shape[1], dtype=torch.long, device=inputs.device)
         padding = None if mask is None else left_padding(mask)
         returned = call.get("past_key_values") if own is None else own
         wanted = call.get("return_dict")
         wanted = self.body.config.return_dict if wanted is None else wanted
         opening.cache = PrefixedCache(own, prefix, padding, returned, as_tuple=not wanted)
         if mask is not None:
-            mask = widen(mask if _backend(self.body) != "eager" else additive(mask, self.body.dtype), length, padding)
+            mask = mask if _backend(self.body) != "eager" else additive(mask, self.body.dtype)
+            mask = widen(mask, prefix, lengths, padding)
         return {**changed, "past_key_values": opening.cache, "attention_mask": mask, "return_dict": True}
 
     def _own_cache(self, call: dict[str, Any]) -> Any:
@@ -218,13 +225,13 @@ class CacheDoor:
         use = getattr(self.body.config, "use_cache", False) if use is None else use
         return DynamicCache(config=self.body.config) if given is None and use else given
 
-    def _check_room(self, length: int, columns: int, positions: Tensor | None) -> None:
+    def _check_room(self, tokens: int, positions: Tensor | None) -> None:
         """Say that tokens do not fit before a table is read beyond its end; values are looked at only if need be."""
-        limit, tokens = self.learned_positions, length + columns
+        limit = self.learned_positions
         if limit is None or tokens <= limit:
             return
         if positions is not None:
-            tokens = int(positions.max()) + 1 + length
+            tokens = int(positions.max()) + 1
         if tokens > limit:
             raise ConfigError(
                 f"{tokens} tokens, the virtual ones included, do not fit into this model's {limit} positions; shorten "

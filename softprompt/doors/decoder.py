@@ -22,10 +22,18 @@ Hook = Callable[..., Any]
 
 @contextmanager
 def open_decoder(base: PreTrainedModel, prompt: Embeddings | None) -> Iterator[None]:
-    """Inside the block `prompt.decoder` stands in front of the decoder's input."""
+    """Inside the block `prompt.decoder` stands in front of the decoder's input.
+
+    UnsupportedError for prompts of different lengths: positions and masks there are the decoder's own to count.
+    """
     if prompt is None or prompt.decoder is None:
         yield
         return
+    if prompt.lengths is not None:
+        raise UnsupportedError(
+            "prompts of different lengths with a part in front of the decoder's input cannot share a batch; call the "
+            "model for the rows of each alone, or train with num_transformer_submodules=1."
+        )
     decoder, begun = base.get_decoder(), []
     handles = [
         decoder.register_forward_pre_hook(_enter(prompt, begun), with_kwargs=True),

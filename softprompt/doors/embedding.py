@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt.doors.lengths import own_lengths, padded
 from softprompt.errors import ConfigError
 from softprompt.prompt import Embeddings
 
@@ -61,7 +62,10 @@ def embed(inputs: dict[str, Any], table: Any) -> Tensor:
 
 
 def fill_slots(embedded: Tensor, prompt: Embeddings, slots: Tensor) -> Tensor:
-    """`embedded` `[B, T, d]` with the prompt's vectors where `slots` `[B, T]` has their index (−1: a plain token)."""
+    """`embedded` `[B, T, d]` with the prompt's vectors where `slots` `[B, T]` has their index (−1: a plain token).
+
+    The index counts the virtual tokens of the row's own prompt. ConfigError for one that it has not.
+    """
     vectors = prompt.per_row(embedded.shape[0]).to(embedded)
     if slots.shape != embedded.shape[:2]:
         raise ConfigError(
@@ -72,8 +76,23 @@ def fill_slots(embedded: Tensor, prompt: Embeddings, slots: Tensor) -> Tensor:
             f"slots go from {int(slots.min())} to {int(slots.max())}, but the prompt has {prompt.length} virtual "
             "tokens; use −1 for ordinary tokens and 0 to p−1 for virtual ones."
         )
-    chosen = take(vectors, slots.clamp(min=0).to(vectors.device), 1)
-    return torch.where(slots[..., None].to(vectors.device) >= 0, chosen, embedded)
+    slots = slots.to(vectors.device)
+    lengths, index = own_lengths(prompt, embedded.shape[0], vectors.device), slots.clamp(min=0)
+    if lengths is not None:
+        _check_slots(slots, lengths)
+        index = (index + prompt.length - lengths[:, None]).clamp(max=prompt.length - 1)
+    return torch.where(slots[..., None] >= 0, take(vectors, index, 1), embedded)
+
+
+def _check_slots(slots: Tensor, lengths: Tensor) -> None:
+    """ConfigError where a row's `slots` `[B, T]` go beyond its own number `[B]` of virtual tokens."""
+    beyond = (slots >= lengths[:, None]).any(dim=1)
+    if bool(beyond.any()):
+        row = int(beyond.to(torch.int8).argmax())
+        raise ConfigError(
+            f"the slots of row {row} go up to {int(slots[row].max())}, but its prompt has {int(lengths[row])} virtual "
+            "tokens; encode each row with the template of its own prompt."
+        )
 
 
 def place(
@@ -81,6 +100,7 @@ def place(
     vectors: Tensor | None,
     embedded: Tensor | None,
     *,
+    lengths: Tensor | None = None,
     after_first: bool = False,
     padding: str = "right",
     causal: bool = True,
@@ -88,25 +108,32 @@ def place(
 ) -> tuple[dict[str, Any], Placement]:
     """Rows with `vectors` `[B, n, d]` before their real tokens (or behind the first one) and all padding on one side.
 
-    Without vectors the rows are only arranged; `embedded` `[B, T, d]` then stays what it is in `inputs`. Mask, labels,
-    types, given positions and spans follow. Rows with a mask that is not 2-D keep their order.
+    Without vectors the rows are only arranged; `embedded` `[B, T, d]` then stays what it is in `inputs`. Of a row that
+    has fewer, as `lengths` `[B]` says, the first vectors become padding like any other. Mask, labels, types, given
+    positions and spans follow. Rows with a mask that is not 2-D keep their order.
     """
     tokens, count = _length(inputs), 0 if vectors is None else vectors.shape[1]
     mask = inputs.get("attention_mask")
+    empty = None if lengths is None else padded(lengths, count)
+    if empty is not None and isinstance(mask, Tensor) and mask.ndim != 2 and padding == "left":
+        raise ConfigError(
+            f"attention_mask has shape {tuple(mask.shape)}, but the rows have prompts of different lengths, which "
+            "needs one of [B, T]; pass that, or call the model for each prompt's rows alone."
+        )
     plain = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == tokens
     result = dict(inputs)
     if vectors is not None:
         assert embedded is not None
-        result = _in_front(inputs, vectors, embedded, tokens, causal, position_offset)
+        result = _in_front(inputs, vectors, embedded, empty, causal, position_offset)
     if not plain and not count:
         return result, Placement(None, tokens)
     shape = (result["inputs_embeds"] if vectors is not None else _ids(inputs)).shape[0], tokens
     device = _ids(result).device
     real = mask != 0 if plain else torch.ones(shape, dtype=torch.bool, device=device)
-    order = _order(real.to(device), count, after_first, padding)
+    order = _order(real.to(device), count, empty, after_first, padding)
     place_of = order.argsort(dim=1)
     if after_first and count and "position_ids" in result:
-        result["position_ids"] = _positions_after_first(inputs["position_ids"], count, real)
+        result["position_ids"] = _positions_after_first(inputs["position_ids"], count, empty, real)
     result = {name: _follow_order(name, value, order) for name, value in result.items()}
     for name in COLUMN_INPUTS:
         if name in inputs:
@@ -114,21 +141,31 @@ def place(
     return result, Placement(place_of[:, count:], count + tokens)
 
 
-def _order(real: Tensor, count: int, after_first: bool, padding: str) -> Tensor:
-    """Which column `[B, n+T]` of vectors-then-tokens stands where: a stable sort by what each column is."""
-    rank = torch.where(real, 2, 3 if padding == "right" else -1)
+def _order(real: Tensor, count: int, empty: Tensor | None, after_first: bool, padding: str) -> Tensor:
+    """Which column `[B, n+T]` of vectors-then-tokens stands where: a stable sort by what each column is.
+
+    `empty` `[B, n]` are the vectors that a row has not.
+    """
+    last = 3 if padding == "right" else -1
+    rank = torch.where(real, 2, last)
     if after_first:
         first = real & (real.cumsum(1) == 1)
         rank = rank.masked_fill(first, 0)
-    rank = torch.cat([rank.new_ones(real.shape[0], count), rank], dim=1)
+    virtual = rank.new_ones(real.shape[0], count)
+    rank = torch.cat([virtual if empty is None else virtual.masked_fill(empty, last), rank], dim=1)
     return rank.to(torch.int8).argsort(dim=1, stable=True)
 
 
 def _in_front(
-    inputs: dict[str, Any], vectors: Tensor, embedded: Tensor, tokens: int, causal: bool, position_offset: int
+    inputs: dict[str, Any],
+    vectors: Tensor,
+    embedded: Tensor,
+    empty: Tensor | None,
+    causal: bool,
+    position_offset: int,
 ) -> dict[str, Any]:
-    """Every input with `n` more columns in front, before any reordering."""
-    rows, count = embedded.shape[0], vectors.shape[1]
+    """Every input with `n` more columns in front, before any reordering; those of `empty` `[B, n]` are padding."""
+    rows, tokens, count = embedded.shape[0], embedded.shape[1], vectors.shape[1]
     result = {name: value for name, value in inputs.items() if name != "input_ids"}
     result["inputs_embeds"] = torch.cat([vectors.to(embedded).expand(rows, -1, -1), embedded], dim=1)
     for name, filler in FILLERS.items():
@@ -141,18 +178,41 @@ def _in_front(
         result["attention_mask"] = _widen_square(mask, count, causal)
     positions = inputs.get("position_ids")
     if positions is not None:
-        first = torch.arange(count, device=positions.device) + position_offset
-        result["position_ids"] = torch.cat([first.expand(positions.shape[0], -1), positions + count], dim=1)
-    return result
+        first, own = _virtual_positions(count, empty, positions.device)
+        positions = positions.expand(max(positions.shape[0], first.shape[0]), -1)
+        virtual = (first + position_offset).expand(positions.shape[0], -1)
+        result["position_ids"] = torch.cat([virtual, positions + own], dim=1)
+    return result if empty is None else {**result, "attention_mask": _without(result, empty, tokens)}
 
 
-def _positions_after_first(positions: Tensor, count: int, real: Tensor) -> Tensor:
+def _without(inputs: dict[str, Any], empty: Tensor, tokens: int) -> Tensor:
+    """The mask `[B, n+T]` or `[B, h, n+T, n+T]` of inputs with vectors in front, those of `empty` `[B, n]` hidden."""
+    mask, rows = inputs.get("attention_mask"), empty.shape[0]
+    hidden = torch.cat([empty, empty.new_zeros(rows, tokens)], dim=1)
+    if mask is None:
+        return (~hidden).long()
+    if mask.ndim == 2:
+        return mask.expand(rows, -1).masked_fill(hidden.to(mask.device), 0)
+    lowest = False if mask.dtype is torch.bool else torch.finfo(mask.dtype).min
+    return mask.expand(rows, *mask.shape[1:]).masked_fill(hidden[:, None, None].to(mask.device), lowest)
+
+
+def _virtual_positions(count: int, empty: Tensor | None, device: torch.device) -> tuple[Tensor, int | Tensor]:
+    """Positions `[1|B, n]` of vectors in front, counted from a row's first own one, and how many it has (`[B, 1]`)."""
+    columns = torch.arange(count, device=device)[None]
+    if empty is None:
+        return columns, count
+    missing = empty.sum(dim=1, keepdim=True).to(device)
+    return (columns - missing).clamp(min=0), count - missing
+
+
+def _positions_after_first(positions: Tensor, count: int, empty: Tensor | None, real: Tensor) -> Tensor:
     """Given positions `[B, T]` with room for the vectors behind each row's first real token, `[B, n+T]`."""
     first = real & (real.cumsum(1) == 1)
     positions = positions.expand(real.shape[0], -1)
     begin = positions.gather(1, first.to(torch.int8).argmax(1, keepdim=True)) + 1
-    virtual = begin + torch.arange(count, device=positions.device)
-    return torch.cat([virtual, positions + torch.where(first, 0, count)], dim=1)
+    virtual, own = _virtual_positions(count, empty, positions.device)
+    return torch.cat([begin + virtual, positions + torch.where(first, 0, own)], dim=1)
 
 
 def _follow_order(name: str, value: Any, order: Tensor) -> Any:

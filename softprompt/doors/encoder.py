@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from softprompt.doors.decoder import open_decoder
 from softprompt.doors.embedding import embed, fill_slots, place, take
+from softprompt.doors.lengths import own_lengths
 from softprompt.errors import ConfigError
 from softprompt.prompt import Embeddings
 
@@ -34,12 +35,13 @@ def open_encoder(
     `limit` is how many learned positions there are; ConfigError for a longer row.
     """
     encoder, decoder = base.get_encoder(), base.get_decoder()
-    count = 0 if prompt is None or slots is not None else prompt.length
+    in_front = prompt if slots is None else None
+    count = 0 if in_front is None else in_front.length
     places: list[Tensor] = []
     handles = [
         encoder.register_forward_pre_hook(_enter(prompt, slots, after_first, places, limit), with_kwargs=True),
         encoder.register_forward_hook(_leave(count, places)),
-        decoder.register_forward_pre_hook(_widen_cross(count), with_kwargs=True),
+        decoder.register_forward_pre_hook(_widen_cross(in_front), with_kwargs=True),
     ]
     try:
         with open_decoder(base, prompt):
@@ -55,7 +57,7 @@ def _enter(
     def hook(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         inputs = {**({"input_ids": args[0]} if args else {}), **kwargs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        vectors, embedded = None, None
+        vectors, embedded, lengths = None, None, None
         if prompt is not None:
             embedded = embed(inputs, encoder.get_input_embeddings())  # pyright: ignore[reportCallIssue]
             if slots is not None:
@@ -63,7 +65,9 @@ def _enter(
                 inputs.pop("input_ids", None)
             else:
                 vectors = prompt.per_row(embedded.shape[0])
-        placed, placement = place(inputs, vectors, embedded, after_first=after_first, causal=False)
+                lengths = own_lengths(prompt, embedded.shape[0], embedded.device)
+        options: dict[str, Any] = {"lengths": lengths, "after_first": after_first, "causal": False}
+        placed, placement = place(inputs, vectors, embedded, **options)
         if limit is not None and placement.width > limit:
             raise ConfigError(
                 f"{placement.width} tokens, the virtual ones included, do not fit into this encoder's {limit} learned "
@@ -104,19 +108,35 @@ def _others(columns: Tensor, count: int) -> Tensor:
     return taken.argsort(dim=1, stable=True)[:, :count]
 
 
-def _widen_cross(count: int) -> Hook:
+def _widen_cross(prompt: Embeddings | None) -> Hook:
+    count = 0 if prompt is None else prompt.length
+
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if not count or states is None or mask is None:
+        if prompt is None or not count or states is None or (mask is None and prompt.lengths is None):
             return None
+        if mask is None:
+            mask = torch.ones(states.shape[0], states.shape[1] - count, dtype=torch.long, device=states.device)
         if states.shape[1] == mask.shape[-1]:
             raise ConfigError(
                 "encoder_outputs were computed without the prompt; pass input_ids, so that the encoder sees it."
             )
-        seen = mask.new_full((*mask.shape[:-1], count), 0 if mask.is_floating_point() and mask.ndim == 4 else 1)
-        return args, {**kwargs, "encoder_attention_mask": torch.cat([seen, mask], dim=-1)}
+        return args, {**kwargs, "encoder_attention_mask": torch.cat([_seen(prompt, mask, len(states)), mask], dim=-1)}
 
     return hook
+
+
+def _seen(prompt: Embeddings, mask: Tensor, rows: int) -> Tensor:
+    """The columns of the vectors in front of the encoder's output, for cross-attention's `mask`.
+
+    Those that a row has stand first, `_leave` has them in the order of the encoder's columns.
+    """
+    yes, no = (0, torch.finfo(mask.dtype).min) if mask.is_floating_point() and mask.ndim == 4 else (1, 0)
+    seen, lengths = mask.new_full((*mask.shape[:-1], prompt.length), yes), own_lengths(prompt, rows, mask.device)
+    if lengths is None:
+        return seen
+    missing = torch.arange(prompt.length, device=mask.device) >= lengths[:, None]
+    return seen.masked_fill(missing if mask.ndim == 2 else missing[:, None, None], no)
 
 
 def cut(output: Any, count: int) -> Any:

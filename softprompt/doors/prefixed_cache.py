@@ -1,7 +1,8 @@
 """What stands in for the cache while the cache door is open, and the columns of keys, values and masks.
 
 Columns are `[padding on the left, prefix, real tokens]`: ALiBi and local attention may count columns, and in this order
-a column's distance is the distance of the true positions.
+a column's distance is the distance of the true positions. A shorter prompt's own padding stands in front of it, and so
+is more of the padding on the left.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softprompt.doors.lengths import padded
 from softprompt.doors.opening import Recording
 from softprompt.errors import UnsupportedError
 from softprompt.prompt import KV, spread
@@ -141,14 +143,25 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def widen(mask: Tensor, length: int, padding: Tensor | None) -> Tensor:
-    """A mask `[B, columns]` or `[B, h|1, q, columns]` with columns for the prefix, which every query sees."""
-    square = mask.ndim == 4
-    seen = mask.new_full((*mask.shape[:-1], length), 0 if square and mask.dtype is not torch.bool else 1)
+def widen(mask: Tensor, prefix: KV, lengths: Tensor | None, padding: Tensor | None) -> Tensor:
+    """A mask `[B|1, columns]` or `[B|1, h|1, q, columns]` with columns for the prefix, which every query sees.
+
+    Of a row whose prompt is shorter, as `lengths` `[B]` says, the first ones are padding, and `mask` has all rows then.
+    """
+    square, length = mask.ndim == 4, prefix.length
+    adds = square and mask.dtype is not torch.bool
+    seen = mask.new_full((*mask.shape[:-1], length), 0 if adds else 1)
+    if lengths is not None:
+        missing = padded(lengths, length)
+        mask = mask.expand(len(lengths), *mask.shape[1:])
+        seen = seen.expand(len(lengths), *seen.shape[1:]).masked_fill(
+            missing[:, None, None] if square else missing, torch.finfo(mask.dtype).min if adds else 0
+        )
     both = torch.cat([seen, mask], dim=-1)
     if padding is None:
         return both
     order = order_columns(padding, both.shape[-1], length)
+    order = order.expand(len(both), -1)
     return both.take_along_dim(order[:, None, None] if square else order, dim=-1)
 
 

@@ -21,6 +21,7 @@ from softprompt.doors.cache import Door
 from softprompt.doors.decoder import check_decoding
 from softprompt.doors.embedding import embed, fill_slots, place, take
 from softprompt.doors.encoder import cut, open_encoder
+from softprompt.doors.lengths import own_lengths, padded
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.fold import Folded, fold, fold_and_predict
 from softprompt.geometry import Geometry
@@ -149,17 +150,20 @@ class Run:
 
     def _placed(self, inputs: dict[str, Any], vectors: Embeddings | None, padding: str) -> tuple[dict[str, Any], Any]:
         """The inputs with vectors in their rows, or at their slots."""
-        geometry, embedded = self.geometry, None
+        geometry, embedded, lengths = self.geometry, None, None
         if vectors is not None:
             embedded = embed(inputs, self.base.get_input_embeddings())
             if self.slots is not None:
                 inputs = {name: value for name, value in inputs.items() if name != "input_ids"}
                 inputs["inputs_embeds"] = fill_slots(embedded, vectors, self.slots)
                 vectors = embedded = None
+            else:
+                lengths = own_lengths(vectors, len(embedded), embedded.device)
         return place(
             inputs,
             None if vectors is None or embedded is None else vectors.per_row(embedded.shape[0]),
             embedded,
+            lengths=lengths,
             after_first=self.placement is Placement.AFTER_BOS,
             padding=padding,
             causal=geometry.causal,
@@ -172,18 +176,29 @@ class Run:
         assert prompt is not None
         if cached(inputs):
             with self.door.open(self.kv):
-                return self.base(**self._behind(inputs, prompt.length))
+                return self.base(**self._behind(inputs, prompt))
         inputs = with_mask(with_pooling_mask(inputs, self.base, self.slots), always=True)
         inputs, placement = self._placed(inputs, prompt, "left")
         with self.door.open(self.kv):
             return placement.restore(self.base(**inputs))
 
-    def _behind(self, inputs: dict[str, Any], count: int) -> dict[str, Any]:
-        """Inputs of a later step, whose cache has already seen the prompt between the padding and the row."""
+    def _behind(self, inputs: dict[str, Any], prompt: Embeddings) -> dict[str, Any]:
+        """Inputs of a later step, whose cache has already seen the prompt between the padding and the row.
+
+        ConfigError without a mask where prompts differ in length, and so in the padding before them.
+        """
         mask = inputs.get("attention_mask")
+        if self.slots is None and prompt.lengths is not None and mask is None and self.geometry.layers:
+            raise ConfigError(
+                "a later step of rows whose prompts differ in length needs to know what was padding; pass the "
+                "attention_mask of all real tokens so far."
+            )
         if self.slots is not None or not isinstance(mask, Tensor):
             return inputs
-        widened = torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
+        seen = mask.new_ones(mask.shape[0], prompt.length)
+        lengths = own_lengths(prompt, len(mask), mask.device)
+        seen = seen if lengths is None else seen.masked_fill(padded(lengths, prompt.length), 0)
+        widened = torch.cat([seen, mask], dim=1)
         return {**inputs, "attention_mask": widened.sort(dim=1, stable=True).values}
 
     def _forward_encoder_decoder(self, inputs: dict[str, Any]) -> Any:
