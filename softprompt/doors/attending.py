@@ -10,12 +10,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from softprompt.attention import Prefix, attend
+from softprompt.attention import Prefix, attend, flex
 from softprompt.doors.opening import _OPENING, Opening
 from softprompt.doors.widen import before_bias, in_front, widen
 from softprompt.errors import UnsupportedError
 
 BACKENDS = ("sdpa", "eager")
+_FLEX = "flex_attention"
 _PREFIX = "softprompt_"
 
 Pair = tuple[Tensor, Tensor]
@@ -26,23 +27,29 @@ def registered(name: str | None) -> str:
     backend = name or "eager"
     if backend.startswith(_PREFIX):
         return backend
-    if backend not in BACKENDS:
+    if backend not in (*BACKENDS, _FLEX):
         raise UnsupportedError(
-            f"attention backend {backend!r} cannot take a prefix yet; load the model with "
-            "attn_implementation='sdpa' or 'eager'."
+            f"attention backend {backend!r} cannot take a prefix; load the model with "
+            "attn_implementation='flex_attention', 'sdpa' or 'eager'."
         )
     wrapped = _PREFIX + backend
     if wrapped not in AttentionInterface._global_mapping:
-        AttentionMaskInterface.register(wrapped, _mask_for(ALL_MASK_ATTENTION_FUNCTIONS[backend]))
+        AttentionMaskInterface.register(wrapped, _mask_for(backend))
         AttentionInterface.register(wrapped, _attention_through(backend))
     return wrapped
 
 
-def _mask_for(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _served(backend: str, device: torch.device | str) -> str:
+    """The backend itself; on devices where torch cannot train through flex attention, the family's own code."""
+    return "eager" if backend == _FLEX and not flex.available(torch.device(device)) else backend
+
+
+def _mask_for(backend: str) -> Callable[..., Any]:
     """A backend's mask function. Layers that share keys may get the last queries alone, which only a mask can tell."""
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         opening = _OPENING.get()
+        plain = ALL_MASK_ATTENTION_FUNCTIONS[_served(backend, kwargs.get("device", "cpu"))]
         return plain(*args, **(kwargs | {"allow_is_causal_skip": False} if opening and opening.sharing else kwargs))
 
     return mask
@@ -54,7 +61,8 @@ def _attention_through(backend: str) -> Callable[..., Any]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        plain = _eager_of(module) if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
+        served = _served(backend, query.device)
+        plain = _eager_of(module) if served == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
         opening, mask = _OPENING.get(), attention_mask  # some families pass it by this name
         if opening is None:
             return plain(module, query, key, value, mask, **kwargs)
@@ -70,7 +78,9 @@ def _attention_through(backend: str) -> Callable[..., Any]:
         if mask is None and causal and query.shape[2] < key.shape[2]:
             # A static cache's unused tail, which causal backends cut off themselves when there is no mask.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        if backend == "sdpa" and kwargs.get("softcap") is None:
+        if served == _FLEX:
+            return _flexible(opening, module, (query, key, value), mask, pair, kwargs), None
+        if backend != "eager" and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
             return _shared(opening, module, (query, key, value), mask, pair, causal, kwargs), None
         return _widened(plain, opening, module, (query, key, value), mask, pair, causal, kwargs)
 
@@ -90,17 +100,49 @@ def _shared(
     query, key, value = states
     relative = kwargs.get("position_bias")
     bias, causal = opening.additive(mask, query), causal and mask is None
-    far = opening.far(kwargs.get("sliding_window"), query)
     if relative is not None:
-        before = before_bias(relative, pair[0].shape[2], opening.tables.get(module), _seen(opening, module))
-        far = before if far is None else before + far
         if causal:
             later = torch.ones(relative.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
             bias, causal = later.to(query).mul_(torch.finfo(query.dtype).min), False
         bias = relative if bias is None else relative + bias
-    prefix = Prefix(pair[0].to(query), pair[1].to(query), opening.groups(query.shape[0], query.device), far)
+    prefix = _prefix(opening, module, pair, query, kwargs)
     output = attend(query, key, value, prefix, bias, causal, kwargs.get("scaling"), kwargs.get("dropout", 0.0))
     return output.transpose(1, 2).contiguous()
+
+
+def _prefix(opening: Opening, module: nn.Module, pair: Pair, query: Tensor, kwargs: dict[str, Any]) -> Prefix:
+    """A layer's prefix as attention takes it: which rows have it, and what is added to its scores."""
+    relative, far = kwargs.get("position_bias"), opening.far(kwargs.get("sliding_window"), query)
+    if relative is not None:
+        before = before_bias(relative, pair[0].shape[2], opening.tables.get(module), _seen(opening, module))
+        far = before if far is None else before + far
+    return Prefix(pair[0].to(query), pair[1].to(query), opening.groups(query.shape[0], query.device), far)
+
+
+def _flexible(
+    opening: Opening,
+    module: nn.Module,
+    states: tuple[Tensor, Tensor, Tensor],
+    mask: Any,
+    pair: Pair,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The same through flex attention, `mask` being a `BlockMask`, additive, or None; it knows no dropout."""
+    if kwargs.get("dropout"):
+        raise UnsupportedError(
+            f"flex_attention has no dropout, and this model wants {kwargs['dropout']}; set the attention dropout of "
+            "its config to 0 or load it with attn_implementation='sdpa'."
+        )
+    (query, key, value), relative = states, kwargs.get("position_bias")
+    additive = opening.additive(mask, query) if isinstance(mask, Tensor) else None
+    bias = None if additive is None else additive[..., : key.shape[2]]
+    if relative is not None:
+        bias = relative if bias is None else relative + bias
+    named = {"scale": "scaling", "softcap": "softcap", "sinks": "s_aux", "kernel": "kernel_options"}
+    options = flex.Options(training=module.training, **{name: kwargs.get(other) for name, other in named.items()})
+    prefix = _prefix(opening, module, pair, query, kwargs)
+    block_mask = None if isinstance(mask, Tensor) else mask
+    return flex.attend(query, key, value, prefix, block_mask, bias, options).transpose(1, 2).contiguous()
 
 
 def _widened(
