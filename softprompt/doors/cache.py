@@ -116,7 +116,7 @@ class CacheDoor:
         backend = _backend(self.body)
         if backend not in BACKENDS:
             raise UnsupportedError(
-                f"attention backend {backend!r} cannot take a prefix yet; load the model with "
+                f"attention backend {backend!r} cannot take a prefix on {type(self.base).__name__}; load it with "
                 "attn_implementation='sdpa' or 'eager'."
             )
         opening = Opening(prefix if prefix is not None and prefix.layers else None, recording, generating=generating)
