@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from counts import Peak
 
-SLOW = 25.0  # seconds: what takes longer to run once is timed once
+SLOW = 25.0  # seconds: what takes longer to run is timed once
 
 
 @dataclass(frozen=True)
 class Arm:
     """`run` is what is timed; if it returns numbers by name (seconds), they are the times, and its whole is not.
 
-    `count` runs it once more to count what is not noisy, and returns those numbers by name.
+    `count` runs it first, to warm up and to count what is not noisy, and returns those numbers by name; `dict` does
+    neither, for what needs no warming up.
     """
 
     run: Callable[[], dict[str, float] | None]
@@ -39,21 +40,21 @@ def compare(makers: Makers, rounds: int, device: str) -> dict[str, Result]:
     """Every arm's result. An arm that cannot be made or run has its reason there; the others go on."""
     arms: dict[str, Arm] = {}
     found: dict[str, Result] = {}
-    left: dict[str, int] = {}
+    slow: set[str] = set()
     for name, make in makers.items():
         try:
             arms[name] = make()
             begun = time.perf_counter()
             found[name] = _warm_up(arms[name])
-            left[name] = 1 if time.perf_counter() - begun > SLOW else rounds
+            slow |= {name} if time.perf_counter() - begun > SLOW else set()
         except Exception as error:  # whatever it is, it is a row of the table
             found[name] = {"error": reason(error)}
             arms.pop(name, None)
             gc.collect()
     for turn in range(rounds):
-        for name in [name for name in arms if left[name] > turn]:
+        for name in [name for name in arms if turn == 0 or name not in slow]:
             try:
-                _time(arms[name], found[name], device, first=turn == 0)
+                slow |= {name} if _time(arms[name], found[name], device, first=turn == 0) > SLOW else set()
             except Exception as error:
                 found[name] = {"error": reason(error)}
                 del arms[name]
@@ -68,8 +69,8 @@ def _warm_up(arm: Arm) -> Result:
     return dict(arm.count())
 
 
-def _time(arm: Arm, into: Result, device: str, first: bool) -> None:
-    """Run once, and add the times (`cpu` is that of all threads); the first time the memory too."""
+def _time(arm: Arm, into: Result, device: str, first: bool) -> float:
+    """Run once, add the times (`cpu` is that of all threads), the first time the memory too, and return the seconds."""
     gc.collect()
     peak = Peak(device) if first else None
     wait(device)
@@ -81,6 +82,7 @@ def _time(arm: Arm, into: Result, device: str, first: bool) -> None:
         into.setdefault(name, []).append(round(value, 6))
     if peak is not None:
         into["peak"] = peak.bytes()
+    return seconds
 
 
 def wait(device: str) -> None:

@@ -173,7 +173,7 @@ def run(asked: Table, options: Options, records: Records, only: str | None) -> N
             continue
         print(f"# {asked.name}: {group.label}", flush=True)
         begun = time.perf_counter()
-        rounds = min(options.rounds, group.rounds or options.rounds)
+        rounds = options.rounds if group.rounds is None else min(options.rounds, group.rounds)
         arms = compare(group.arms(bench), rounds, options.device)
         if group.after is not None:
             group.after(bench, arms)
@@ -208,16 +208,17 @@ def main(asked: Table, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--model", help="another model; see SHAPES in shapes.py")
     parser.add_argument("--dtype", help="float32 or bfloat16")
-    parser.add_argument("--rounds", type=int, help="timed rounds (default 5; 1 with --quick)")
+    parser.add_argument("--rounds", type=int, help="timed rounds, at most; 0 only counts (default 5; 1 with --quick)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads (default: all cores)")
     parser.add_argument("--most-tokens", type=int, default=16_384, help="PEFT is left out of steps beyond it, on a CPU")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(arguments)
+    rounds = given.rounds if given.rounds is not None else 1 if given.quick else 5
     options = Options(
         given.device,
         given.model,
         given.dtype,
-        given.rounds or (1 if given.quick else 5),
+        rounds,
         given.quick,
         given.most_tokens,
     )

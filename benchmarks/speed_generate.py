@@ -48,7 +48,7 @@ def groups(options: Options) -> Iterator[Group]:
     """One group per method and size."""
     for method, prompt, length, rows, new in ON_GPU if options.cuda else CASES:
         sizes = [options.size(size) for size in (prompt, length, rows, new)]
-        yield generate_group(options, *options.shape, method, *sizes, quick=prompt != 1000 or rows == 8)
+        yield generate_group(options, *options.shape, method, *sizes, quick=prompt != 1000 or rows == 8, rounds=3)
 
 
 def generate_group(

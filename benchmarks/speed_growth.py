@@ -34,8 +34,10 @@ def groups(options: Options) -> Iterator[Group]:
         sizes = (*SIZES, *MORE) if (model, kind) == (shape, dtype) else SIZES
         for prompt, length, rows in sizes:
             quick = (prompt, length, rows) == SIZES[0]
-            yield step_group(options, model, kind, "prompt tuning", prompt, length, rows, quick=quick, rounds=2)
-        yield step_group(options, model, kind, "prompt tuning", *SIZES[0], padded=True, rounds=2)
+            yield step_group(
+                options, model, kind, "prompt tuning", prompt, length, rows, quick=quick, rounds=2 if quick else 1
+            )
+        yield step_group(options, model, kind, "prompt tuning", *SIZES[0], padded=True, rounds=1)
 
 
 def _pairs(shape: str, other: str) -> list[tuple[str, str]]:

@@ -85,7 +85,7 @@ def many(library: Any, base: Any, method: str, length: int, count: int) -> Any:
     return model.eval()
 
 
-def _arm(batch: dict[str, Tensor], new: int, generate: Callable[[dict[str, Any]], Any]) -> Arm:
+def _arm(batch: dict[str, Tensor], new: int, generate: Callable[[dict[str, Any]], Any], warm_up: bool = True) -> Arm:
     options, device = {"max_new_tokens": new, "do_sample": False}, str(batch["input_ids"].device)
 
     def run() -> dict[str, float]:
@@ -96,7 +96,7 @@ def _arm(batch: dict[str, Tensor], new: int, generate: Callable[[dict[str, Any]]
         seconds = time.perf_counter() - begun
         return {"time": seconds, "speed": new * batch["input_ids"].shape[0] / seconds}
 
-    return Arm(run)
+    return Arm(run, None if warm_up else dict)
 
 
 def _ours(model: Any, batch: dict[str, Tensor], names: list[str], new: int) -> Arm:
@@ -112,7 +112,7 @@ def _one_by_one(model: Any, batch: dict[str, Tensor], names: list[str], new: int
             model.set_adapter(name)
             model.generate(**{key: value[rows] for key, value in batch.items()}, **options)
 
-    return _arm(batch, new, generate)
+    return _arm(batch, new, generate, warm_up=False)
 
 
 TABLE = Table("speed_prompts", __doc__ or "", groups, COLUMNS, NOTE)
