@@ -38,10 +38,12 @@ def open_encoder(
     in_front = prompt if slots is None else None
     count = 0 if in_front is None else in_front.length
     places: list[Tensor] = []
+    entered: list[bool] = []
     handles = [
+        encoder.register_forward_pre_hook(lambda *_: entered.append(True)),
         encoder.register_forward_pre_hook(_enter(prompt, slots, after_first, places, limit), with_kwargs=True),
         encoder.register_forward_hook(_leave(count, places)),
-        decoder.register_forward_pre_hook(_widen_cross(in_front), with_kwargs=True),
+        decoder.register_forward_pre_hook(_widen_cross(in_front, entered), with_kwargs=True),
     ]
     try:
         with open_decoder(base, prompt):
@@ -108,19 +110,22 @@ def _others(columns: Tensor, count: int) -> Tensor:
     return taken.argsort(dim=1, stable=True)[:, :count]
 
 
-def _widen_cross(prompt: Embeddings | None) -> Hook:
+def _widen_cross(prompt: Embeddings | None, entered: list[bool]) -> Hook:
+    """`entered` has something in it once the encoder has run with the prompt."""
     count = 0 if prompt is None else prompt.length
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if prompt is None or not count or states is None or (mask is None and prompt.lengths is None):
+        if prompt is None or not count or states is None:
             return None
-        if mask is None:
-            mask = torch.ones(states.shape[0], states.shape[1] - count, dtype=torch.long, device=states.device)
-        if states.shape[1] == mask.shape[-1]:
+        if not entered or (mask is not None and states.shape[1] == mask.shape[-1]):
             raise ConfigError(
                 "encoder_outputs were computed without the prompt; pass input_ids, so that the encoder sees it."
             )
+        if mask is None and prompt.lengths is None:
+            return None
+        if mask is None:
+            mask = torch.ones(states.shape[0], states.shape[1] - count, dtype=torch.long, device=states.device)
         return args, {**kwargs, "encoder_attention_mask": torch.cat([_seen(prompt, mask, len(states)), mask], dim=-1)}
 
     return hook
