@@ -176,6 +176,16 @@ def test_generation_copies_no_prefix(shape: str, method: str, given: Callable[[]
 OFF_DEVICE = ("_local_scalar_dense", "lift_fresh", "arange", "_to_copy", "scalar_tensor", "item", "nonzero")
 
 
+def test_rows_of_several_tasks_are_sorted_once() -> None:
+    """Which rows share which prompt is found out once for all layers and tokens."""
+    model = Cell("multitask_prompt_tuning", "llama", "CAUSAL_LM").model()
+    given = {**text(), "task_ids": torch.tensor([1, 0, 1, 0, 0])}
+    found = per_token(model, given)
+    found.subtract(per_token(model.get_base_model(), text()))
+    for name, count in found.items():
+        assert count <= 0 or not any(name.startswith(f"aten.{each}") for each in OFF_DEVICE), (name, count)
+
+
 def per_token(model: Any, given: dict[str, Tensor]) -> Counter[str]:
     """The operations that one more generated token takes."""
     counts = []

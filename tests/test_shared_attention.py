@@ -214,6 +214,17 @@ def error(got: Tensor, right: Tensor) -> float:
     return float(((got.double() - right).norm() / right.norm()).detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_merged_in_float32(dtype: torch.dtype) -> None:
+    """A thousandth of the weight on a large value: as a number of the type, the other share would be one."""
+    query = torch.ones(1, 1, 1, 1)
+    keys = torch.full((1, 1, 1, 1), 6.90625), torch.zeros(1, 1, 1, 1)  # e^6.90625 = 998.5
+    values = torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 1000.0)
+    states = [each.to(dtype) for each in (query, keys[1], values[1], keys[0], values[0])]
+    given = shared_kit.Batch(*states, scale=1.0)
+    assert float(attend(*given.arguments)) == pytest.approx(1000 / 999.5, rel=0.01)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_query_that_sees_nothing_of_its_own(dtype: torch.dtype) -> None:
     """As padding on the left does: exactly the prompt, no number is lost to the lowest one of the type."""
