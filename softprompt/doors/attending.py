@@ -163,7 +163,8 @@ def _widened(
     if relative is not None:
         before = before_bias(relative, length, opening.tables.get(module), _seen(opening, module))
         kwargs = {**kwargs, "position_bias": torch.cat([before, relative], dim=-1)}
-    mask = widen(mask, query, key, prefix, kwargs.get("sliding_window"), causal, opening.positions)
+    own = opening.lengths(query.shape[0], query.device)
+    mask = widen(mask, query, key, prefix, kwargs.get("sliding_window"), causal, opening.positions, own)
     key, value = in_front(pair[0], key, prefix.rows), in_front(pair[1], value, prefix.rows)
     output, weights = plain(module, query, key, value, mask, **kwargs)
     return output, weights if weights is None else weights[..., length:]

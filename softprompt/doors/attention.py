@@ -129,7 +129,7 @@ class AttentionDoor:
                     "behind a prefix; set decoder_prefix=False, or train prompt_tuning."
                 )
             positions = positions + opening.shift(_rows_of(args, opening), positions.device)
-            self._check_room(positions, opening.longest + int(opening.seen) + positions.shape[-1])
+            self._check_room(positions, _sum(opening.longest, opening.seen, positions.shape[-1]))
             return args, {**kwargs, "position_ids": positions.flatten()}
 
         return hook
@@ -188,10 +188,10 @@ class AttentionDoor:
             longest: int | None = None
             if given is None or opening.generating:
                 seen = 0 if cache is None or isinstance(mask, Tensor) else cache.get_seq_length()
-                columns = mask.shape[-1] if isinstance(mask, Tensor) else seen + inputs.shape[1]
-                longest = opening.longest + columns
+                columns = mask.shape[-1] if isinstance(mask, Tensor) else inputs.shape[1]
+                longest = _sum(opening.longest, seen, columns)
             self._check_room(positions, longest)
-            last = longest - 1 if isinstance(longest, int) else None
+            last = None if longest is None else longest - 1
             opening.begin(positions if positions.ndim < 3 else positions[0], last)
             return args, {**kwargs, "position_ids": positions + self.position_offset}
 
@@ -273,6 +273,11 @@ def _by_rows(opening: Opening) -> Callable[..., Any]:
         return output.reshape(_rows_of(args, opening), -1, output.shape[-1])
 
     return hook
+
+
+def _sum(prompt: int, seen: Any, columns: int) -> int | None:
+    """How many tokens there are; None where a static cache counts on the device, which is not waited for."""
+    return None if isinstance(seen, Tensor) else prompt + int(seen) + columns
 
 
 def _direct(layer: Callable[..., Any], *args: Any, **_: Any) -> Any:

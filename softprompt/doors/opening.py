@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.attention import Group, groups_of
+from softprompt.doors.lengths import own_lengths
 from softprompt.prompt import KV, spread
 
 _KEPT = 4  # masks of one call: one for full attention, one for windows
@@ -56,10 +57,10 @@ class Opening:
     generating: bool = False
     sharing: bool = False
     runs: dict[nn.Module, int] = field(default_factory=dict)
-    _groups: dict[int, tuple[Group, ...]] = field(default_factory=dict)
-    _shifts: dict[int, Tensor] = field(default_factory=dict)
+    _groups: dict[tuple[int, torch.device], tuple[Group, ...]] = field(default_factory=dict)
+    _lengths: dict[tuple[int, torch.device], Tensor | None] = field(default_factory=dict)
     _masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _far: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _far: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
 
     def begin(self, positions: Tensor | None = None, last: int | None = None) -> None:
         """A call of the model begins, its queries at `positions`."""
@@ -72,15 +73,18 @@ class Opening:
         """How many tokens the longest prompt puts before a row's own."""
         return self.prefix.length if self.prefix is not None and self.prefix.layers else 0
 
+    def lengths(self, batch: int, device: torch.device) -> Tensor | None:
+        """How many virtual tokens each row has, `[B]`; None where prompts do not differ in it."""
+        if self.prefix is None or self.prefix.lengths is None:
+            return None
+        if (batch, device) not in self._lengths:
+            self._lengths[batch, device] = own_lengths(self.prefix, batch, device)
+        return self._lengths[batch, device]
+
     def shift(self, batch: int, device: torch.device) -> int | Tensor:
         """By how much the positions of real tokens are moved: one number, or `[B, 1]` where prompts differ in it."""
-        if self.prefix is None or self.prefix.lengths is None or not self.prefix.layers:
-            return self.longest
-        known = self._shifts.get(batch)
-        if known is None:
-            own = torch.tensor(self.prefix.lengths, device=device)
-            known = self._shifts[batch] = spread(own, self.prefix.rows, batch)[:, None]
-        return known
+        own = self.lengths(batch, device) if self.longest else None
+        return self.longest if own is None else own[:, None]
 
     def pair(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
         """The prefix of a layer that runs now."""
@@ -92,13 +96,15 @@ class Opening:
         return pairs[run % len(pairs)]
 
     def groups(self, batch: int, device: torch.device) -> tuple[Group, ...]:
-        """Which of `batch` rows share which prompt."""
-        known = self._groups.get(batch)
+        """Which of `batch` rows share which prompt. A GPU is waited for once, and not in every step or layer."""
+        known = self._groups.get((batch, device))
         if known is None:
             assert self.prefix is not None
             rows = spread_rows(self.prefix.rows, batch)
             rows = None if rows is None else rows.tolist()
-            known = self._groups[batch] = groups_of(batch, self.prefix.length, rows, self.prefix.lengths, device)
+            known = self._groups[batch, device] = groups_of(
+                batch, self.prefix.length, rows, self.prefix.lengths, device
+            )
         return known
 
     def additive(self, mask: Tensor | None, like: Tensor) -> Tensor | None:
@@ -121,10 +127,12 @@ class Opening:
             return None
         if self.last is not None and self.last < window:
             return None
-        known = self._far.get((window, like.shape[2]))
+        tokens, device = like.shape[2], like.device
+        known = self._far.get((window, tokens, device))
         if known is None:
-            seen = within(window, self.positions, like.shape[2], self.prefix)
-            known = self._far[window, like.shape[2]] = added(seen, like.dtype)
+            own = self.lengths(like.shape[0], device)
+            seen = within(window, self.positions.to(device), tokens, self.prefix.length, own)
+            known = self._far[window, tokens, device] = added(seen, like.dtype)
         return known
 
 
@@ -139,16 +147,16 @@ def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype).clamp(min=lowest)
 
 
-def within(window: int, positions: Tensor, tokens: int, prefix: KV) -> Tensor:
-    """Which prefix columns the last `tokens` queries at `positions` see through a window, `[B|1, 1, T, p]`.
+def within(window: int, positions: Tensor, tokens: int, length: int, own: Tensor | None) -> Tensor:
+    """Which of `length` prefix columns the last `tokens` queries at `positions` see through a window, `[B|1, 1, T, p]`.
 
     A prefix key at position j is visible to a query at position i while i − j < window, as any other key is. Shorter
-    prompts have their padding in front, so their first token, at position 0, stands in a later column.
+    prompts, of their `own` lengths `[B]`, have their padding in front, so their first token, at position 0, stands in a
+    later column.
     """
-    columns = torch.arange(prefix.length, device=positions.device)[None, None]
-    if prefix.lengths is not None:
-        own = spread(torch.tensor(prefix.lengths, device=positions.device), prefix.rows, positions.shape[0])
-        columns = columns - (prefix.length - own)[:, None, None]
+    columns = torch.arange(length, device=positions.device)[None, None]
+    if own is not None:
+        columns = columns - (length - own)[:, None, None]
     return (positions[:, -tokens:, None] - columns < window)[:, None]
 
 

@@ -33,14 +33,17 @@ def widen(
     window: int | None,
     causal: bool,
     positions: Tensor | None,
+    own: Tensor | None = None,
 ) -> Tensor | None:
-    """The mask `[B|1, h|1, q, t]` with columns in front for the prefix, additive; None where none is needed."""
+    """The mask `[B|1, h|1, q, t]` with columns in front for the prefix, additive; None where none is needed.
+
+    `own` `[B]` are the lengths of rows' prompts where they differ.
+    """
     rows, columns, length = query.shape[2], key.shape[2], prefix.length
     seen: Tensor | None = None
     if window is not None and positions is not None and not prefix.always_visible:
-        seen = within(window, positions, rows, prefix)
-    if prefix.lengths is not None:
-        own = spread(torch.tensor(prefix.lengths, device=query.device), prefix.rows, query.shape[0])
+        seen = within(window, positions, rows, length, own)
+    if own is not None:
         real = torch.arange(length, device=query.device) >= (length - own)[:, None, None, None]
         seen = real if seen is None else seen & real
     if mask is None and causal:
