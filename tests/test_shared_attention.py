@@ -251,6 +251,17 @@ def test_groups_are_few_and_hold_every_row_once() -> None:
     assert len(groups_of(64, 9, list(range(64)), None, torch.device("cpu"))) == 1
 
 
+def test_a_prompt_too_few_is_refused() -> None:
+    """The CPU's kernel does not check sizes: it would read the memory behind the keys."""
+    given = batch(kind="one each")
+    query, key, value, prefix_key, prefix_value = given.states
+    for parts in ((prefix_key[:3], prefix_value[:3]), (prefix_key, prefix_value[:, :, 1:])):
+        fewer = given.with_states(query, key, value, *parts)
+        groups = groups_of(4, 5, [0, 1, 2, 3], None, query.device)
+        with pytest.raises(AssertionError):
+            attend(query, key, value, replace(fewer.prefix, groups=groups))
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["one each", "groups of different size", "ragged", "ragged, of different size"])
 def test_a_poisoned_prompt_reaches_no_other_row(kind: str, way: str) -> None:

@@ -12,6 +12,12 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, hq, T, k]` and log-sum-exp `[B, hq, T]` of queries over keys `[B, h, t, k]`; `bias` is additive."""
+    # the kernel does not look at these, and would read what lies behind a tensor that is too small
+    assert len(query) == len(key) == len(value) and key.shape[2] == value.shape[2], (
+        query.shape,
+        key.shape,
+        value.shape,
+    )
     query, key, value = _rows(query), _rows(key), _rows(value)
     return _FORWARD(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
 
