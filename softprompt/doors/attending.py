@@ -11,7 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from softprompt.attention import Prefix, attend, flex
-from softprompt.doors.opening import _OPENING, Opening
+from softprompt.doors.opening import Opening, current
 from softprompt.doors.widen import before_bias, in_front, widen
 from softprompt.errors import UnsupportedError
 
@@ -48,7 +48,7 @@ def _mask_for(backend: str) -> Callable[..., Any]:
     """A backend's mask function. Layers that share keys may get the last queries alone, which only a mask can tell."""
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        opening = _OPENING.get()
+        opening = current()
         plain = ALL_MASK_ATTENTION_FUNCTIONS[_served(backend, kwargs.get("device", "cpu"))]
         return plain(*args, **(kwargs | {"allow_is_causal_skip": False} if opening and opening.sharing else kwargs))
 
@@ -63,7 +63,7 @@ def _attention_through(backend: str) -> Callable[..., Any]:
     ) -> Any:
         served = _served(backend, query.device)
         plain = _eager_of(module) if served == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
-        opening, mask = _OPENING.get(), attention_mask  # some families pass it by this name
+        opening, mask = current(), attention_mask  # some families pass it by this name
         if opening is None:
             return plain(module, query, key, value, mask, **kwargs)
         if opening.recording is not None:

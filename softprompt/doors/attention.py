@@ -7,23 +7,19 @@ cache and the attention mask know only real tokens. Closed, the model is exactly
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from threading import Lock
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from softprompt.doors.attending import registered
-from softprompt.doors.opening import _OPENING, Opening, Recording
+from softprompt.doors.opening import Opening, Recording, current, entered
 from softprompt.doors.positions import true_positions
+from softprompt.doors.routing import routed
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.prompt import KV
-
-_LOCK = Lock()
-_ROUTED: "WeakKeyDictionary[PreTrainedModel, list[Any]]" = WeakKeyDictionary()
-"""Base models whose attention goes through the door now: `[how many openings, [(config, its own backend)]]`."""
 
 
 class AttentionDoor:
@@ -64,19 +60,35 @@ class AttentionDoor:
 
         `generating`: positions that come along are not the caller's but those of transformers' `generate`.
         """
-        opening = Opening(
+        opening = self._opening(prefix, recording, generating)
+        with self._active(opening), self._recomputed(opening):
+            hooks = [] if recording is not None else self._hook(opening)
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    def call(self, prefix: KV | None, inputs: dict[str, Any]) -> Any:
+        """One call of the base model that sees `prefix`, on keyword inputs."""
+        if self.text is not self.base or self.encoder_decoder:
+            with self.open(prefix):
+                return self.base(**inputs)
+        opening = self._opening(prefix)
+        if self.takes_positions:
+            inputs = self._shifted(opening, inputs)
+        with self._active(opening), self._recomputed(opening):
+            output = self.base(**inputs)
+        if torch.compiler.is_compiling() and len(opening.runs) < len(opening.pairs):
+            raise UnsupportedError(
+                f"{type(self.base).__name__} cannot take a prefix when it is compiled; call it as it is."
+            )
+        return output
+
+    def _opening(self, prefix: KV | None, recording: Recording | None = None, generating: bool = False) -> Opening:
+        return Opening(
             prefix, self._pairs(prefix), self.tables, recording, generating=generating, sharing=bool(self.sharing)
         )
-        with ExitStack() as stack:
-            stack.enter_context(self._active(opening))
-            stack.callback(self._checkpointing(opening, direct=recording is not None))
-            if recording is None:
-                for module, hook in self._position_hooks(opening):
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-                if prefix is not None and prefix.lengths is not None:
-                    for table in self._decoder_tables():
-                        stack.callback(table.register_forward_hook(_by_rows(opening), with_kwargs=True).remove)
-            yield
 
     def _pairs(self, prefix: KV | None) -> dict[nn.Module, list[tuple[Tensor, Tensor]]]:
         """Which layer gets which keys and values."""
@@ -88,14 +100,17 @@ class AttentionDoor:
                 found.setdefault(module, []).append(pair)
         return found | {module: found[other] for module, other in self.sharing.items() if other in found}
 
-    def _position_hooks(self, opening: Opening) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    def _hook(self, opening: Opening) -> list[RemovableHandle]:
         """What moves real tokens behind the prefix: positions given to the model, or read by its decoder."""
-        if self.encoder_decoder:
-            return [
-                (self.base, self._note_seen(opening)),
-                *((each, self._shift_decoder(opening)) for each in self._decoder_tables()),
-            ]
-        return [(self.text, self._shift_positions(opening))] if self.takes_positions else []
+        if not self.encoder_decoder:
+            shift = self._shift_positions(opening)
+            return [self.text.register_forward_pre_hook(shift, with_kwargs=True)] if self.takes_positions else []
+        hooks = [self.base.register_forward_pre_hook(self._note_seen(opening), with_kwargs=True)]
+        for table in self._decoder_tables():
+            hooks.append(table.register_forward_pre_hook(self._shift_decoder(opening), with_kwargs=True))
+            if opening.prefix is not None and opening.prefix.lengths is not None:
+                hooks.append(table.register_forward_hook(_by_rows(opening), with_kwargs=True))
+        return hooks
 
     def _decoder_tables(self) -> list[nn.Module]:
         """The position tables of a BART-like decoder."""
@@ -106,7 +121,7 @@ class AttentionDoor:
     def _note_seen(self, opening: Opening) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
-            if _OPENING.get() is opening:
+            if current() is opening:
                 opening.begin()
                 seen = cache.get_seq_length() if cache is not None else 0
                 opening.seen = seen.clone() if isinstance(seen, Tensor) else seen  # a static cache counts in place
@@ -120,7 +135,7 @@ class AttentionDoor:
         """
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if _OPENING.get() is not opening or not opening.longest:
+            if current() is not opening or not opening.longest:
                 return None
             positions = kwargs.get("position_ids")
             if not isinstance(positions, Tensor):
@@ -136,36 +151,9 @@ class AttentionDoor:
 
     @contextmanager
     def _active(self, opening: Opening) -> Iterator[None]:
-        """Route attention through the door: switch the implementation's name, set the opening, undo both."""
-        self._route()
-        token = _OPENING.set(opening)
-        try:
+        """Route attention through the door and make the opening the current one; undo both."""
+        with routed(self.base, self._configs), entered(opening):
             yield
-        finally:
-            _OPENING.reset(token)
-            self._route_back()
-
-    def _route(self) -> None:
-        """Switch the names to the door's. Threads may share the model: the first in switches, the last out undoes."""
-        with _LOCK:
-            before = _ROUTED.get(self.base)
-            if before is None:
-                names = [(config, config._attn_implementation) for config in self._configs]
-                wrapped = [registered(name) for _, name in names]  # may refuse, before anything is changed
-                for (config, _), name in zip(names, wrapped, strict=True):
-                    config._attn_implementation_internal = name
-                before = [0, names]
-                _ROUTED[self.base] = before
-            before[0] += 1
-
-    def _route_back(self) -> None:
-        with _LOCK:
-            routed = _ROUTED[self.base]
-            routed[0] -= 1
-            if routed[0] == 0:
-                for config, name in routed[1]:
-                    config._attn_implementation_internal = name
-                del _ROUTED[self.base]
 
     def _shift_positions(self, opening: Opening) -> Callable[..., Any]:
         """A pre-hook on the base model: positions counted from the mask, moved behind the prefix.
@@ -174,28 +162,29 @@ class AttentionDoor:
         """
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            if _OPENING.get() is not opening:  # another thread's call of the same model
+            if current() is not opening:  # another thread's call of the same model
                 return args, kwargs
-            inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs.get("inputs_embeds")
-            if inputs is None and args:
-                inputs = args[0]
-            assert inputs is not None
-            given, mask, cache = (kwargs.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
-            if opening.generating and self.position_offset:
-                given = None  # counted from 0 there, which such a model's own positions are not
-            positions = true_positions(inputs, mask, cache) if given is None else given - self.position_offset
-            positions = positions + opening.shift(inputs.shape[0], positions.device)
-            longest: int | None = None
-            if given is None or opening.generating:
-                seen = 0 if cache is None or isinstance(mask, Tensor) else cache.get_seq_length()
-                columns = mask.shape[-1] if isinstance(mask, Tensor) else inputs.shape[1]
-                longest = _sum(opening.longest, seen, columns)
-            self._check_room(positions, longest)
-            last = None if longest is None else longest - 1
-            opening.begin(positions if positions.ndim < 3 else positions[0], last)
-            return args, {**kwargs, "position_ids": positions + self.position_offset}
+            return args, self._shifted(opening, kwargs, args[0] if args else None)
 
         return hook
+
+    def _shifted(self, opening: Opening, kwargs: dict[str, Any], ids: Tensor | None = None) -> dict[str, Any]:
+        """The inputs of a call with the positions of its tokens; `ids` are its ids if they are not among them."""
+        inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        inputs = ids if inputs is None else inputs
+        assert inputs is not None
+        given, mask, cache = (kwargs.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
+        if opening.generating and self.position_offset:
+            given = None  # counted from 0 there, which such a model's own positions are not
+        positions = true_positions(inputs, mask, cache) if given is None else given - self.position_offset
+        positions = positions + opening.shift(inputs.shape[0], positions.device)
+        longest: int | None = None
+        if given is None or opening.generating:
+            seen = 0 if cache is None or isinstance(mask, Tensor) else cache.get_seq_length()
+            longest = _sum(opening.longest, seen, mask.shape[-1] if isinstance(mask, Tensor) else inputs.shape[1])
+        self._check_room(positions, longest)
+        opening.begin(positions if positions.ndim < 3 else positions[0], None if longest is None else longest - 1)
+        return {**kwargs, "position_ids": positions + self.position_offset if self.position_offset else positions}
 
     def _check_room(self, positions: Tensor, longest: int | None) -> None:
         """Learned positions end: say so before the table is read beyond its end.
@@ -203,8 +192,8 @@ class AttentionDoor:
         `longest` is what is known without looking at the values, which a GPU would have to wait for.
         """
         limit = self.learned_positions
-        if limit is None or (longest is not None and longest <= limit):
-            return
+        if limit is None or (longest is not None and longest <= limit) or torch.compiler.is_compiling():
+            return  # (compiled code reads the table with checks of its own)
         last = int(positions.max())
         if last >= limit:
             raise ConfigError(
@@ -212,31 +201,32 @@ class AttentionDoor:
                 "positions; shorten the text or use fewer virtual tokens."
             )
 
-    def _checkpointing(self, opening: Opening, direct: bool) -> Callable[[], None]:
+    @contextmanager
+    def _recomputed(self, opening: Opening) -> Iterator[None]:
         """Make recomputation in the backward pass see this opening, whenever and however checkpointing was enabled.
 
-        The prefix goes along as explicit arguments, so that re-entrant checkpointing gives it gradients as well.
-        With `direct`, layers run without checkpointing (a recording is short and must keep its graph).
+        The prefix goes along as explicit arguments, so that re-entrant checkpointing gives it gradients as well. While
+        recording, layers run without checkpointing (it is short and must keep its graph).
         """
         changed: list[tuple[nn.Module, Callable[..., Any]]] = []
         for module in self._checkpointed:
             run = module.__dict__.get("_gradient_checkpointing_func")
             if run is not None and getattr(module, "gradient_checkpointing", False):
                 changed.append((module, run))
+                direct = opening.recording is not None
                 module.__dict__["_gradient_checkpointing_func"] = _direct if direct else self._bound(run, opening)
-
-        def undo() -> None:
+        try:
+            yield
+        finally:
             for module, run in changed:
                 module.__dict__["_gradient_checkpointing_func"] = run
-
-        return undo
 
     def _bound(self, run: Callable[..., Any], opening: Opening) -> Callable[..., Any]:
         prefix = opening.prefix
         tensors = [part for pair in prefix.pairs for part in pair] if prefix is not None else []
 
         def checkpointed(layer: Callable[..., Any], *args: Any, **options: Any) -> Any:
-            if _OPENING.get() is not opening:
+            if current() is not opening:
                 return run(layer, *args, **options)
             positions, seen, before = opening.positions, opening.seen, dict(opening.runs)
 
@@ -268,7 +258,7 @@ def _by_rows(opening: Opening) -> Callable[..., Any]:
     """A hook on a position table that `_shift_decoder` has given all rows' positions: its result as `[B, T, d]`."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if _OPENING.get() is not opening or not opening.longest:
+        if current() is not opening or not opening.longest:
             return output
         return output.reshape(_rows_of(args, opening), -1, output.shape[-1])
 

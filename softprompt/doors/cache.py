@@ -132,6 +132,11 @@ class CacheDoor:
             stack.callback(_OPENING.reset, token)
             yield
 
+    def call(self, prefix: KV | None, inputs: dict[str, Any]) -> Any:
+        """One call of the base model that sees `prefix`, on keyword inputs."""
+        with self.open(prefix):
+            return self.base(**inputs)
+
     def _refuse_packed(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pre-hook on a model that ignores positions, and so would let one sequence see another."""
         if _OPENING.get() is not None and packed(kwargs):

@@ -1,7 +1,9 @@
 """What attention layers see while the attention door is open for a call: the prefix, its rows and what masks add."""
 
-from contextvars import ContextVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import local
 from typing import Any
 
 import torch
@@ -59,7 +61,7 @@ class Opening:
     runs: dict[nn.Module, int] = field(default_factory=dict)
     _groups: dict[tuple[int, torch.device], tuple[Group, ...]] = field(default_factory=dict)
     _lengths: dict[tuple[int, torch.device], Tensor | None] = field(default_factory=dict)
-    _masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _masks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _far: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
 
     def begin(self, positions: Tensor | None = None, last: int | None = None) -> None:
@@ -114,12 +116,14 @@ class Opening:
         """
         if mask is None:
             return None
-        known = self._masks.get(id(mask))
-        if known is None or known[1].dtype is not like.dtype:
-            if len(self._masks) >= _KEPT:
-                self._masks.clear()
-            known = self._masks[id(mask)] = mask, added(mask, like.dtype)
-        return known[1]
+        for known, made in self._masks:
+            if known is mask and made.dtype is like.dtype:
+                return made
+        if len(self._masks) >= _KEPT:
+            self._masks.clear()
+        made = added(mask, like.dtype)
+        self._masks.append((mask, made))
+        return made
 
     def far(self, window: int | None, like: Tensor) -> Tensor | None:
         """What hides prefix columns from queries `[B, h, T, k]` behind their window: `[B|1, 1, T, p]`, or None."""
@@ -136,7 +140,29 @@ class Opening:
         return known
 
 
-_OPENING: ContextVar[Opening | None] = ContextVar("softprompt_opening", default=None)
+class _Here(local):
+    """What a thread has open. (`torch.compile` can follow this, and not a `ContextVar`.)"""
+
+    opening: Opening | None = None
+
+
+_HERE = _Here()
+
+
+def current() -> Opening | None:
+    """The innermost opening of this thread."""
+    return _HERE.opening
+
+
+@contextmanager
+def entered(opening: Opening) -> Iterator[None]:
+    """Inside the block `opening` is the current one."""
+    before = _HERE.opening
+    _HERE.opening = opening
+    try:
+        yield
+    finally:
+        _HERE.opening = before
 
 
 def added(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -121,14 +121,12 @@ class Run:
         """The rows stay as they were given: all of the prompt reaches them as keys and values."""
         words = self.base.get_output_embeddings() is not None
         if not words or not labels_tokens(inputs) or packed(inputs):
-            with self.door.open(self.as_kv()):
-                return self.base(**inputs)
+            return self.door.call(self.as_kv(), inputs)
         folded = fold_and_predict(self.door, self.prompt) if isinstance(self.prompt, Embeddings) else self.prompt
         folded = folded if isinstance(folded, Folded) else Folded(self.as_kv())
         divides = self.geometry.divides_loss and folded.logits is not None
         rest, first = without_first(inputs, folded, divides)
-        with self.door.open(folded.kv):
-            output = self.base(**rest)
+        output = self.door.call(folded.kv, rest)
         if folded.logits is None:  # nothing predicts the first token, and padding before it does not either
             return output
         logits = spread(folded.logits, folded.kv.rows, len(first))
@@ -145,8 +143,7 @@ class Run:
         if self.geometry.causal:
             inputs = without_cache(inputs if packed(inputs) else with_mask(inputs))
         inputs, placement = self._placed(inputs, self.vectors, "right")
-        with self.door.open(self.kv):
-            return placement.restore(self.base(**inputs))
+        return placement.restore(self.door.call(self.kv, inputs))
 
     def _placed(self, inputs: dict[str, Any], vectors: Embeddings | None, padding: str) -> tuple[dict[str, Any], Any]:
         """The inputs with vectors in their rows, or at their slots."""
@@ -175,12 +172,10 @@ class Run:
         prompt = self.vectors
         assert prompt is not None
         if cached(inputs):
-            with self.door.open(self.kv):
-                return self.base(**self._behind(inputs, prompt))
+            return self.door.call(self.kv, self._behind(inputs, prompt))
         inputs = with_mask(with_pooling_mask(inputs, self.base, self.slots), always=True)
         inputs, placement = self._placed(inputs, prompt, "left")
-        with self.door.open(self.kv):
-            return placement.restore(self.base(**inputs))
+        return placement.restore(self.door.call(self.kv, inputs))
 
     def _behind(self, inputs: dict[str, Any], prompt: Embeddings) -> dict[str, Any]:
         """Inputs of a later step, whose cache has already seen the prompt between the padding and the row.
