@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import families
 import naive
 import pytest
 import shared_kit
@@ -93,6 +94,29 @@ def test_flex_on_the_cpu_trains_as_well(kind: str) -> None:
     """Where torch has no gradients of it, the prompt does not go through it."""
     _equal_to_naive(kind, "left")
     _equal_to_naive(kind, "right", sliding_window=8)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "deepseek_v3", "bert", "bart", "t5"])
+def test_flex_in_families_equals_eager(flexible: None, family: str) -> None:
+    """Capped scores, sinks, values of another size, no causality, prefixes of three kinds, relative positions."""
+    kind = families.FAMILIES[family].kind
+    task = {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM"}[kind]
+    lengths = (9,) if family == "t5" else (3, 14, 5)  # transformers itself takes one row of it
+    inputs = tiny.ragged(lengths)
+    if kind == "encoder-decoder":
+        inputs["decoder_input_ids"] = torch.randint(3, 50, (len(lengths), 4))
+    found = []
+    for backend in ("flex_attention", "eager"):
+        base = families.build(family, task)
+        torch.manual_seed(0)
+        model = get_peft_model(base, PrefixTuningConfig(num_virtual_tokens=6, task_type=task)).eval()
+        base.set_attn_implementation(backend)
+        logits = model(**inputs).logits
+        seen = logits[inputs["attention_mask"].bool()] if kind == "decoder" else logits
+        found.append((seen, *torch.autograd.grad(seen.sin().sum(), list(model.prompt_encoder.parameters()))))
+    for got, expected in zip(*found, strict=True):
+        assert torch.count_nonzero(expected)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("beams", [1, 2])

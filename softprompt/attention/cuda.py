@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LOWEST = -1e30
-"""Hides a key as well as the lowest number of float32 does, and stays finite in base 2, which the kernels count in."""
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 _EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
@@ -74,6 +72,11 @@ def backward(
     return of_query.reshape(wide.shape)[..., :size], of_key[..., :size], of_value[..., :size]
 
 
+def bounded(bias: Tensor) -> Tensor:
+    """With what hides a key as well as the lowest number does, and is finite in base 2, which GPU kernels count in."""
+    return bias.clamp(min=max(-1e30, torch.finfo(bias.dtype).min))
+
+
 def _is_flash(query: Tensor, bias: Tensor | None) -> bool:
     half = query.dtype in (torch.bfloat16, torch.float16)
     return bias is None and half and query.shape[-1] <= 256 and _has_flash(query.device)
@@ -110,7 +113,7 @@ def _bias(bias: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> tupl
         bias, causal = hidden if bias is None else hidden + bias, False
     if bias is None:
         return None, causal
-    bias = pad(bias.clamp(min=max(_LOWEST, torch.finfo(bias.dtype).min)), (0, -columns % 16))
+    bias = pad(bounded(bias), (0, -columns % 16))
     if queries > heads:
         bias = bias.expand(-1, queries if bias.shape[1] > 1 else queries // heads, tokens, -1)
         bias = bias.reshape(bias.shape[0], -1, queries // heads * tokens, bias.shape[3])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt.attention.cuda import bounded
 from softprompt.attention.groups import Group
 from softprompt.attention.shared import Prefix, queries_per_head, repeated
 
@@ -58,7 +59,7 @@ def _attention(
     from transformers.integrations import flex_attention
 
     softcap = options.softcap
-    added = None if bias is None else bias.expand(*query.shape[:3], key.shape[2])
+    added = None if bias is None else bounded(bias).expand(*query.shape[:3], key.shape[2])
 
     def scored(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         score = score if softcap is None else softcap * torch.tanh(score / softcap)
