@@ -193,3 +193,19 @@ def test_later_steps_of_rows_with_vectors_in_them() -> None:
         got = model.run(joined).forward(rest).logits[:, -1]
         for row, own in enumerate(kit.each_row(batch)):
             kit.close(got[row], model.forward_alone(single[row], input_ids=own).logits[0, -1])
+
+
+@pytest.mark.parametrize("kind", ["vectors", "keys", "both"])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "bert", "t5", "bart"])
+def test_eager_attention(family: str, kind: str) -> None:
+    task = {"bert": "MASKED_LM", "t5": "SEQ_2_SEQ_LM", "bart": "SEQ_2_SEQ_LM"}.get(family, "CAUSAL_LM")
+    model = Model(family, task)
+    _, joined, _ = model.prompts(kind)
+    batch = tiny.ragged(TOKENS, side="left")
+    given = {**batch, "decoder_input_ids": batch["input_ids"].flip(1)} if task == "SEQ_2_SEQ_LM" else batch
+    placement = AFTER if kind == "both" and task == "CAUSAL_LM" else FRONT
+    real = batch["attention_mask"].bool() if task != "SEQ_2_SEQ_LM" else ...
+    with torch.no_grad():
+        expected = model.run(joined, placement).forward(dict(given)).logits[real]
+        model.base.set_attn_implementation("eager")
+        kit.close(model.run(joined, placement).forward(dict(given)).logits[real], expected)
