@@ -95,8 +95,9 @@ def batch_of(base: Any, rows: int, length: int, padded: bool = False) -> dict[st
 def config_of(library: Any, method: str, length: int) -> Any:
     """The method's config in either library."""
     name, options = METHODS[method]
-    if method == "CPT":  # a context of two-token examples: an input and its label
-        types = [2 if n % 2 == 0 else 4 * (n // 2 + 1) for n in range(length)]
+    if method == "CPT":  # a context of examples of ten tokens: nine of input and a label
+        types = [4 * (n // 10 + 1) if n % 10 == 9 else 4 * (n // 10) + 2 for n in range(length)]
+        types[-1] = 4 * ((length - 1) // 10 + 1)
         options = {"cpt_token_ids": [3 + n for n in range(length)], "cpt_mask": [1] * length} | {
             "cpt_tokens_type_mask": types
         }
