@@ -58,6 +58,21 @@ def test_what_the_cuda_kernels_are_given(stand_ins: None, dtype: torch.dtype, si
         assert trust.agrees(shared._fast, shared._plain, torch.device("cpu"), dtype, size, biased)
 
 
+def test_queries_of_a_short_prefix_are_cut(stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has too few blocks of its keys otherwise; what comes out is the same, for several prompts as for one."""
+    few, many = torch.empty(1, 8, 100, 64), torch.empty(1, 8, 16384, 64)
+    assert cuda._parts(many, few) == 32
+    assert cuda._parts(many, torch.empty(1, 8, 4097, 64)) == cuda._parts(few, few) == 1
+    states = [torch.randn(2, 3, length, 8) for length in (130, 7, 7)]
+    output, lse = cuda.forward(states[0], states[1], states[2], None, False, None)
+    given = (torch.randn_like(output), *states, output, lse)
+    cut = cuda.backward(*given, None, False, None)
+    assert cuda._parts(states[0], states[1]) == 2
+    monkeypatch.setattr(cuda, "_parts", lambda query, key: 1)
+    for mine, true in zip(cut, cuda.backward(*given, None, False, None), strict=True):
+        close(mine, true)
+
+
 @pytest.mark.parametrize("span", shared_kit.SPANS)
 @pytest.mark.parametrize("heads", shared_kit.HEADS)
 @pytest.mark.parametrize("rows", shared_kit.ROWS)

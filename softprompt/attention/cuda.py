@@ -4,13 +4,12 @@ Flash attention (grouped queries are native to it) in half precision without a b
 otherwise. `attend` uses them on a device only once `trust.agrees` has seen them agree with the plain formula there.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCKS = 256  # about two for each processor of a large GPU
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 _EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
@@ -49,6 +48,28 @@ def backward(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; `output` and `lse` may be those of a softmax over more keys than these."""
+    parts = 1 if causal or bias is not None else _parts(query, key)
+    if parts == 1:
+        return _backward(grad, query, key, value, output, lse, bias, causal, scale)
+    grad, query, output, lse = (_cut(each, parts) for each in (grad, query, output, lse))
+    key, value = (each[:, None].expand(-1, parts, -1, -1, -1).flatten(0, 1) for each in (key, value))
+    of_query, *rest = _backward(grad, query, key, value, output, lse, None, False, scale)
+    of_query = of_query.unflatten(0, (-1, parts)).transpose(1, 2).flatten(2, 3)
+    of_key, of_value = (each.unflatten(0, (-1, parts)).sum(1, dtype=torch.float32).to(each) for each in rest)
+    return of_query, of_key, of_value
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     size, scale = query.shape[-1], _scale(query, scale)
     grad, wide, key, value, output = (_padded(each) for each in (grad, query, key, value, output))
     if _is_flash(query, bias):
@@ -72,6 +93,24 @@ def backward(
     return of_query.reshape(wide.shape)[..., :size], of_key[..., :size], of_value[..., :size]
 
 
+def _parts(query: Tensor, key: Tensor) -> int:
+    """Into how many parts queries are cut, where they are many more than the keys.
+
+    The backward passes give each block of keys to one processor, which goes through all queries; of a short prefix
+    there are too few blocks to keep a GPU busy.
+    """
+    (batch, heads, keys), queries = key.shape[:3], query.shape[2]
+    if queries < 4 * keys:
+        return 1
+    wanted = min(_BLOCKS // (batch * heads * -(-keys // 128)), queries // 64)
+    return next((parts for parts in range(wanted, 1, -1) if queries % parts == 0), 1)
+
+
+def _cut(values: Tensor, parts: int) -> Tensor:
+    """`[B, h, T, …]` → `[B·parts, h, T/parts, …]`."""
+    return values.unflatten(2, (parts, -1)).transpose(1, 2).flatten(0, 1)
+
+
 def bounded(bias: Tensor) -> Tensor:
     """With what hides a key as well as the lowest number does, and is finite in base 2, which GPU kernels count in."""
     return bias.clamp(min=max(-1e30, torch.finfo(bias.dtype).min))
@@ -79,12 +118,17 @@ def bounded(bias: Tensor) -> Tensor:
 
 def _is_flash(query: Tensor, bias: Tensor | None) -> bool:
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return bias is None and half and query.shape[-1] <= 256 and _has_flash(query.device)
+    return bias is None and half and query.shape[-1] <= 256 and _has_flash(str(query.device))
 
 
-@cache
-def _has_flash(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+_HAS_FLASH: dict[str, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def _has_flash(device: str) -> bool:
+    if device not in _HAS_FLASH:
+        _HAS_FLASH[device] = torch.cuda.get_device_capability(device) >= (8, 0)
+    return _HAS_FLASH[device]
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
