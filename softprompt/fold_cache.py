@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from softprompt.fold import Folded
+from softprompt.stacking import has_layers
 
 
 @final
@@ -38,10 +39,13 @@ class FoldCache:
         self._epoch = 0
 
     def epoch(self, base: nn.Module) -> int | None:
-        """A number that changes with the base model; None, and nothing is kept, while it trains."""
+        """A number that changes with the base model; None, and nothing is kept, while it trains.
+
+        Neither is anything before PEFT's layers, which are switched on and off, scaled and merged without a trace.
+        """
         if torch.compiler.is_compiling():  # nothing can be looked up there
             return self._epoch if self._known else None
-        if not frozen(base):
+        if not frozen(base) or has_layers(base):
             self.clear()
             return None
         now = Stamp(base)
@@ -62,6 +66,11 @@ class FoldCache:
 
     def keep(self, key: Hashable, prompt: nn.Module, folded: Folded) -> None:
         self._known[key] = Stamp(prompt), folded
+
+    @property
+    def kept(self) -> list[Hashable]:
+        """What is kept now."""
+        return list(self._known)
 
     def clear(self) -> None:
         self._known.clear()

@@ -37,9 +37,14 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 def freeze(model: nn.Module) -> None:
     """Freeze a base model. Where PEFT has put layers into it, PEFT has frozen the rest, and all stays as found."""
-    layers = sys.modules.get("peft.tuners.tuners_utils")
-    if layers is None or not any(isinstance(module, layers.BaseTunerLayer) for module in model.modules()):
+    if not has_layers(model):
         model.requires_grad_(False)
+
+
+def has_layers(model: nn.Module) -> bool:
+    """Whether PEFT has put layers of its own into a model."""
+    layers = sys.modules.get("peft.tuners.tuners_utils")
+    return layers is not None and any(isinstance(module, layers.BaseTunerLayer) for module in model.modules())
 
 
 def trained_by_peft(module: nn.Module) -> bool:

@@ -98,7 +98,7 @@ class Finder:
         if epoch is None:
             return _folded(model, loaded.prompt(task))
         key = ("folded", id(model.door), epoch, task)
-        return model.store.derived(loaded, key, lambda: _folded(model, loaded.prompt(task)))
+        return model.store.derived(loaded, key, lambda: _lasting(_folded(model, loaded.prompt(task))))
 
 
 def placement_of(config: PromptConfig) -> Placement:
@@ -120,9 +120,16 @@ def kept(model: "SoftPromptModel", unit: Unit, labelled: bool = False) -> Folded
     if known is None:
         if torch.compiler.is_compiling() or not frozen(encoder):
             return None
-        known = _folded(model, encoder.prompt(None if task is None else torch.tensor([task])))
+        known = _lasting(_folded(model, encoder.prompt(None if task is None else torch.tensor([task]))))
         model.folds.keep(unit, encoder, known)
     return None if labelled and known.context else known
+
+
+def _lasting(folded: Folded) -> Folded:
+    """What may be kept: autograd refuses tensors that were made in inference mode, in every later call."""
+    with torch.inference_mode(False):
+        logits = None if folded.logits is None else folded.logits.clone()
+        return replace(folded, kv=folded.kv.map(torch.clone), logits=logits)
 
 
 @torch.no_grad()
