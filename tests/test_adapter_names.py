@@ -63,7 +63,7 @@ def trainable(model: SoftPromptModel) -> list[torch.nn.Parameter]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral_window", "opt"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral_window", "gemma3", "opt", "bloom", "mpt", "gptj"])
 def test_each_row_gets_what_it_gets_alone(kind: str, side: str) -> None:
     model = mixed(kind)
     batch = tiny.ragged(LENGTHS, side=side)
@@ -180,6 +180,59 @@ def test_rows_go_through_the_heads_of_their_own_adapters() -> None:
     for row, name in enumerate(names):
         each = {key: value[row : row + 1] for key, value in batch.items()}
         torch.testing.assert_close(got[row : row + 1], alone(model, name, 0, **each).logits, atol=1e-5, rtol=1e-4)
+
+
+WITHOUT_FOLD: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("bert", "FEATURE_EXTRACTION", {}),
+    "roberta": ("roberta", "TOKEN_CLS", {}),
+    "after_bos": ("gpt2", "CAUSAL_LM", {"placement": "after_bos"}),
+    "mamba": ("mamba", "CAUSAL_LM", {}),
+    "jamba": ("jamba", "CAUSAL_LM", {}),
+    "t5": ("t5", "SEQ_2_SEQ_LM", {}),
+    "bart": ("bart", "SEQ_2_SEQ_LM", {}),
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", WITHOUT_FOLD)
+def test_vectors_in_the_rows_beside_keys_and_values(case: str, side: str) -> None:
+    """Where vectors cannot be folded, some rows have those and others keys and values, of different lengths."""
+    family, task, more = WITHOUT_FOLD[case]
+    shared: dict[str, Any] = {"task_type": task}
+    model = get_peft_model(
+        families.build(family, task), PromptTuningConfig(num_virtual_tokens=4, **shared, **more), "words"
+    )
+    mlp = PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=8, **shared, **more)
+    model.add_adapter("mlp", mlp)
+    if family != "mamba":
+        model.add_adapter("kv", PrefixTuningConfig(num_virtual_tokens=3, **shared))
+    torch.manual_seed(5)
+    for parameter in model.prompt_encoder.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    model.eval()
+    names = ["words", "__base__", "mlp", "mlp" if family == "mamba" else "kv", "words"]
+    batch = tiny.ragged((5, 3, 6, 2, 4), side=side)
+    rest = {"decoder_input_ids": torch.randint(3, 50, (5, 4))} if task == "SEQ_2_SEQ_LM" else {}
+    got = model(**batch, **rest, adapter_names=names)[0]
+    for row, (ids, name) in enumerate(zip(rows(batch), names, strict=True)):
+        real = slice(None) if rest else batch["attention_mask"][row].bool()
+        expected = alone(model, name, 0, input_ids=ids, **{key: value[row : row + 1] for key, value in rest.items()})
+        torch.testing.assert_close(got[row][real], expected[0][0], atol=2e-5, rtol=1e-4)
+    if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and side == "left":
+        got = model.generate(**batch, adapter_names=names, num_beams=2, **PLAIN)[:, -5:]
+        for row, (ids, name) in enumerate(zip(rows(batch), names, strict=True)):
+            expected = model.generate(input_ids=ids, adapter_names=[name], num_beams=2, **PLAIN)[0, -5:]
+            assert torch.equal(got[row], expected), name
+
+
+def test_prompts_that_stand_at_different_places_are_refused_together() -> None:
+    model = get_peft_model(
+        families.build("gpt2", "CAUSAL_LM"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "front"
+    )
+    behind = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, placement="after_bos")
+    model.add_adapter("behind", behind)
+    with pytest.raises(ConfigError, match="'after_bos' and 'front' cannot share a batch"):
+        model(**tiny.ragged((3, 4), side="left"), adapter_names=["front", "behind"])
 
 
 # ---- what cannot be ------------------------------------------------------------------------------------------------
