@@ -39,9 +39,10 @@ class Context:
 class Embeddings:
     """A prompt in input space: `vectors` `[N, p, d]`.
 
-    `rows` `[B]` says which of the N prompts each row has; without it there is one for all. `lengths` are their numbers
-    of virtual tokens where they differ, the shorter ones padded in front. `context` is set where the prompt is itself a
-    text with answers. `decoder` `[N, q, d]` are more vectors, for the decoder of an encoder-decoder.
+    `rows` `[B]` says which of the N prompts each row has; without it there is one for all, or for each row its own in
+    order. `lengths` are their numbers of virtual tokens where they differ, the shorter ones padded in front. `context`
+    is set where the prompt is itself a text with answers. `decoder` `[N, q, d]` are more vectors, for the decoder of an
+    encoder-decoder.
     """
 
     vectors: Tensor
@@ -164,6 +165,8 @@ class KV:
 
 def spread(values: Tensor, rows: Tensor | None, batch: int) -> Tensor:
     """`[N, …]` as `[B, …]`: each row's own, repeated where a batch is a multiple of the rows (beams)."""
+    if rows is None and len(values) > 1:
+        return values if len(values) == batch else values.repeat_interleave(batch // len(values), dim=0)
     if rows is None:
         return values.expand(batch, *values.shape[1:])
     if batch % len(rows):

@@ -104,9 +104,12 @@ class Opening:
             assert self.prefix is not None
             rows = spread_rows(self.prefix.rows, batch)
             rows = None if rows is None else rows.tolist()
-            known = self._groups[batch, device] = groups_of(
-                batch, self.prefix.length, rows, self.prefix.lengths, device
-            )
+            count = len(self.prefix.pairs[0][0])
+            if rows is None and count > 1:  # one prompt for each row, in order
+                known = (Group(count, batch // count, self.prefix.length),)
+            else:
+                known = groups_of(batch, self.prefix.length, rows, self.prefix.lengths, device)
+            self._groups[batch, device] = known
         return known
 
     def additive(self, mask: Tensor | None, like: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from softprompt.config import EmbeddingConfig, PromptConfig, TaskType, parse_enum
 from softprompt.errors import CheckpointError, ConfigError, UnsupportedError
@@ -204,8 +205,11 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
         shared = self.embedding(indices)
         if task_ids is None:
             return shared
-        cols = self.prefix_task_cols[task_ids].gather(1, indices[..., None].expand(-1, -1, self.num_ranks))
-        return shared * (cols @ self.prefix_task_rows[task_ids])
+        cols, rows = (
+            embedding(task_ids, part.flatten(1)).unflatten(1, part.shape[1:])  # refuses numbers below 0 as well
+            for part in (self.prefix_task_cols, self.prefix_task_rows)
+        )
+        return shared * (cols.gather(1, indices[..., None].expand(-1, -1, self.num_ranks)) @ rows)
 
     def prompt(self, task_ids: Tensor | None = None) -> Embeddings:
         """The prompts of the distinct tasks in `task_ids` `[B]`, and which of them each row has.
@@ -218,7 +222,10 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
                     f"this prompt has {self.num_tasks} tasks, so every call needs task_ids, one number per row."
                 )
             task_ids = torch.zeros(1, dtype=torch.long)
-        tasks, rows = self._distinct(task_ids)
+        if torch.compiler.is_compiling():  # where values are unknown every row has a prompt to itself
+            tasks, rows = task_ids.to(self.embedding.weight.device), None
+        else:
+            tasks, rows = self._distinct(task_ids)
         indices = torch.arange(self.config.total_virtual_tokens, device=tasks.device).expand(len(tasks), -1)
         parts = self(indices, tasks).split(self.config.num_virtual_tokens, dim=1)
         return Embeddings(parts[0], rows if len(tasks) > 1 else None, decoder=parts[1] if len(parts) > 1 else None)
