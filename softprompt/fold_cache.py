@@ -1,10 +1,11 @@
 """Folded prompts that are kept: a frozen prompt is folded once, and again when it or the base model has changed."""
 
 from collections.abc import Hashable
+from operator import is_
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softprompt.fold import Folded
 from softprompt.stacking import has_layers
@@ -12,16 +13,38 @@ from softprompt.stacking import has_layers
 
 @final
 class Stamp:
-    """The parameters of a module as they are now: themselves, their versions, their places."""
+    """The parameters of a module as they are now: themselves, their versions, their places.
+
+    It is made in every step of decoding, so modules are walked by hand: torch's own iterators take ten times as long.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self.parts = [(each, 0 if each.is_inference() else each._version, each.data_ptr())
-                      for each in module.parameters()]  # fmt: skip
+        self.modules: list[nn.Module] = []
+        self.tensors: list[Tensor] = []
+        self._walk(module)
+        self.versions = [0 if each.is_inference() else each._version for each in self.tensors]
+        self.places = [each.data_ptr() for each in self.tensors]
+
+    def _walk(self, module: nn.Module) -> None:
+        self.modules.append(module)
+        self.tensors += [each for each in module._parameters.values() if each is not None]
+        for child in module._modules.values():
+            if child is not None:
+                self._walk(child)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a call trains the module or draws dropout in it."""
+        return self.modules[0].training or any(each.requires_grad for each in self.tensors)
 
     def same(self, other: "Stamp") -> bool:
-        return len(self.parts) == len(other.parts) and all(
-            mine[0] is theirs[0] and mine[1] == theirs[1] and mine[2] == theirs[2]
-            for mine, theirs in zip(self.parts, other.parts, strict=True)
+        return (
+            len(self.modules) == len(other.modules)
+            and len(self.tensors) == len(other.tensors)
+            and self.versions == other.versions
+            and self.places == other.places
+            and all(map(is_, self.modules, other.modules))
+            and all(map(is_, self.tensors, other.tensors))
         )
 
 
@@ -43,23 +66,29 @@ class FoldCache:
 
         Neither is anything before PEFT's layers, which are switched on and off, scaled and merged without a trace.
         """
-        if torch.compiler.is_compiling():  # nothing can be looked up there
-            return self._epoch if self._known else None
-        if not frozen(base) or has_layers(base):
+        if torch.compiler.is_compiling():  # versions and places cannot be looked up there
+            return self._epoch if self._known and frozen(base) else None
+        now = Stamp(base)
+        if now.trains:
             self.clear()
             return None
-        now = Stamp(base)
         if self._base is None or not now.same(self._base):
-            self._known.clear()
+            self.clear()
+            self._base = None
+            if has_layers(base):
+                return None
             self._base, self._epoch = now, self._epoch + 1
         return self._epoch
 
     def get(self, key: Hashable, prompt: nn.Module) -> Folded | None:
         """What was kept under `key` of this prompt, if it has not changed since."""
         known = self._known.get(key)
-        if known is None or torch.compiler.is_compiling():
-            return None if known is None else known[1]
-        if not frozen(prompt) or not known[0].same(Stamp(prompt)):
+        if known is None:
+            return None
+        if torch.compiler.is_compiling():
+            return known[1] if frozen(prompt) else None
+        now = Stamp(prompt)
+        if now.trains or not known[0].same(now):
             del self._known[key]
             return None
         return known[1]

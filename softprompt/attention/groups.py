@@ -36,12 +36,16 @@ class Group:
         """`[B, hq, T, …]` → `[count, heads, sharing·(hq/heads)·T, …]`: rows and grouped queries join the query axis."""
         own = self.of_rows(values)
         queries, tokens, rest = own.shape[1], own.shape[2], own.shape[3:]
+        if self.sharing == 1:
+            return own if queries == heads else own.reshape(self.count, heads, -1, *rest)
         parts = own.reshape(self.count, self.sharing, heads, queries // heads, tokens, *rest)
         return parts.transpose(1, 2).reshape(self.count, heads, -1, *rest)
 
     def unfold(self, values: Tensor, queries: int, tokens: int) -> Tensor:
         """The inverse of `fold`: `[count·sharing, hq, T, …]`."""
         heads, rest = values.shape[1], values.shape[3:]
+        if self.sharing == 1:
+            return values if queries == heads else values.reshape(self.count, queries, tokens, *rest)
         parts = values.unflatten(2, (self.sharing, queries // heads, tokens)).transpose(1, 2)
         return parts.reshape(self.count * self.sharing, queries, tokens, *rest)
 
