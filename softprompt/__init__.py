@@ -12,7 +12,7 @@ from softprompt.auto import (
 from softprompt.cloze import Cloze
 from softprompt.cloze.verbalizer import Verbalizer
 from softprompt.config import PromptConfig, TaskType
-from softprompt.errors import CheckpointError, ConfigError, DataError, SoftPromptError, UnsupportedError
+from softprompt.errors import CheckpointError, ConfigError, DataError, RowsError, SoftPromptError, UnsupportedError
 from softprompt.initialize import (
     initialize_from_text,
     initialize_kv_prefix_from_past_key_values,
@@ -103,6 +103,7 @@ __all__ = [
     "PromptStore",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RowsError",
     "SoftPrompt",
     "SoftPromptError",
     "SoftPromptModel",

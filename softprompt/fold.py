@@ -3,7 +3,6 @@
 This is exact: the layers see p virtual tokens at positions 0…p−1, as if they stood before every row.
 """
 
-import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,23 +43,20 @@ def fold_and_predict(door: Door, prompt: Embeddings) -> Folded:
     """The same through the whole model, with what the last virtual tokens predict; only the body if it has no words."""
     if door.base.get_output_embeddings() is None:
         return Folded(fold(door, prompt))
-    kv, logits = _through(door, prompt, last=True)
+    kv, logits = fold_with_logits(door, prompt, 1)
     lengths = prompt.lengths
     return Folded(kv, logits[:, -1], None if lengths is None or all(lengths) else tuple(map(bool, lengths)))
 
 
-def fold_with_logits(door: Door, prompt: Embeddings) -> tuple[KV, Tensor]:
-    """The same with the logits of all virtual tokens, `[N, p, V]`."""
-    return _through(door, prompt, last=False)
-
-
-def _through(door: Door, prompt: Embeddings, last: bool) -> tuple[KV, Tensor]:
+def fold_with_logits(door: Door, prompt: Embeddings, keep: int | Tensor) -> tuple[KV, Tensor]:
+    """The same with the logits `[N, m, V]` of the last `keep` virtual tokens, or of those in the columns `[m]`."""
     recording, inputs = Recording(), _inputs(door, prompt)
-    if last and "logits_to_keep" in inspect.signature(door.base.forward).parameters:
-        inputs["logits_to_keep"] = 1
+    if door.keeps_logits:
+        inputs["logits_to_keep"] = keep
     with door.open(None, recording):
         logits = door.base(**inputs, use_cache=False, return_dict=True).logits
-    return KV(tuple(recording.layers), rows=prompt.rows, lengths=prompt.lengths), logits
+    kv = KV(tuple(recording.layers), rows=prompt.rows, lengths=prompt.lengths)
+    return kv, logits if door.keeps_logits else logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
 
 
 def _inputs(door: Door, prompt: Embeddings) -> dict[str, Any]:

@@ -78,6 +78,24 @@ def test_what_is_kept_equals_what_is_computed_anew(method: str) -> None:
     assert anew.loss.requires_grad and not kept.loss.requires_grad
 
 
+def test_the_tasks_of_a_frozen_prompt_are_folded_once_each() -> None:
+    torch.manual_seed(0)
+    config = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_tasks=3)
+    model = get_peft_model(tiny.build("llama"), config).eval()
+    for parameter in model.prompt_encoder.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    tasks = torch.tensor([2, 0])
+    anew = model(input_ids=IDS, labels=IDS, task_ids=tasks)
+    model.requires_grad_(False)
+    assert torch.allclose(model(input_ids=IDS, task_ids=tasks).logits, anew.logits, atol=1e-5)
+    count = Counted(model)
+    again = model(input_ids=IDS, labels=IDS, task_ids=tasks)
+    torch.testing.assert_close(again.loss, anew.loss)
+    assert count.prompts == 0 and count.tokens == IDS.numel()
+    model(input_ids=IDS, task_ids=torch.tensor([0, 1]))
+    assert count.prompts == 1 and count.tokens == 2 * IDS.numel() + 4
+
+
 def changes() -> dict[str, Any]:
     def step(model: SoftPromptModel, fused: bool) -> None:
         model.train().prompt_encoder.requires_grad_(True)

@@ -64,8 +64,22 @@ def _run_of_one(
     encoder = model.encoder(name)
     placement = placement_of(encoder.config)
     check_slots(placement, slots)
-    prompt = kept(model, (name, None), labelled) if task_ids is None else None
+    prompt = kept(model, (name, None), labelled) if task_ids is None else _kept_tasks(model, name, task_ids)
     return Run(model.door, model.geometry, encoder.prompt(task_ids) if prompt is None else prompt, placement, slots)
+
+
+def _kept_tasks(model: "SoftPromptModel", name: str, task_ids: Tensor) -> Folded | None:
+    """The prompts of the tasks, as they were kept; None where none can be kept, or these are no tasks."""
+    whole = isinstance(task_ids, Tensor) and task_ids.ndim == 1 and task_ids.dtype in (torch.int64, torch.int32)
+    if not whole or not len(task_ids) or model.encoder(name).num_tasks == 1 or torch.compiler.is_compiling():
+        return None
+    tasks = task_ids.tolist()
+    number = {task: count for count, task in enumerate(dict.fromkeys(tasks))}
+    parts = [kept(model, (name, task)) for task in number]
+    if any(part is None for part in parts):
+        return None
+    index = torch.tensor([number[task] for task in tasks], device=word_table(model.base_model).device)
+    return join_folded([part for part in parts if part is not None], index)
 
 
 def _distinct(finder: Finder, names: list[str], task_ids: Tensor | None) -> tuple[list[Unit], list[int]]:

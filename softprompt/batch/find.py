@@ -129,7 +129,8 @@ def _lasting(folded: Folded) -> Folded:
     """What may be kept: autograd refuses tensors that were made in inference mode, in every later call."""
     with torch.inference_mode(False):
         logits = None if folded.logits is None else folded.logits.clone()
-        return replace(folded, kv=folded.kv.map(torch.clone), logits=logits)
+        own = folded.kv.map(lambda part: part.clone(memory_format=torch.contiguous_format))  # and nothing beside it
+        return replace(folded, kv=own, logits=logits)
 
 
 @torch.no_grad()

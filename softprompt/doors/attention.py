@@ -37,6 +37,7 @@ class AttentionDoor:
         self.encoder_decoder = is_encoder_decoder(base)
         self.text = text_decoder(base)
         self.takes_positions = "position_ids" in inspect.signature(self.text.forward).parameters
+        self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.position_offset = 0
         self.learned_positions: int | None = None
         self._configs = _configs(base)

@@ -68,6 +68,7 @@ class CacheDoor:
         self._names = list(inspect.signature(self.body.forward).parameters)
         self.takes_positions = "position_ids" in self._names
         self._reads_positions = self.takes_positions and "position_ids" in inspect.signature(base.forward).parameters
+        self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.position_offset = 0
         self.learned_positions: int | None = _room(self.body)
         self.takes_square_masks = True

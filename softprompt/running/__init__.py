@@ -226,7 +226,8 @@ class Run:
                 output = generate(*args, **kwargs)
             return cut(output, vectors.length if vectors is not None and self.slots is None else 0)
         if self.folds:
-            with self.door.open(self.as_kv(), generating=kwargs.get("position_ids") is None):
+            kv = self.as_kv().map(Tensor.contiguous)  # some families' keys are parts of a larger tensor
+            with self.door.open(kv, generating=kwargs.get("position_ids") is None):
                 return generate(*args, **kwargs)
         return self._generate_rows(generate, args, kwargs)
 

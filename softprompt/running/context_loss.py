@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from softprompt.doors.embedding import Placement
 from softprompt.errors import ConfigError, UnsupportedError
@@ -67,8 +67,9 @@ def forward_with_context(run: "Run", prompt: Embeddings, inputs: dict[str, Any])
     del inputs["labels"]
     items = inputs.pop("num_items_in_batch", None)
     inputs = without_cache(with_mask(inputs, always=True))
+    predicting = predicting_tokens(prompt.context)
     if plain.folds:
-        kv, virtual = fold_with_logits(run.door, Embeddings(prompt.vectors))
+        kv, virtual = fold_with_logits(run.door, Embeddings(prompt.vectors), predicting)
         placement = Placement(None, labels.shape[1])
         columns = first_columns(labels, inputs["attention_mask"])
     else:
@@ -83,7 +84,7 @@ def forward_with_context(run: "Run", prompt: Embeddings, inputs: dict[str, Any])
         output = run.base(**inputs)
     logits = output.logits
     if virtual is None:
-        virtual, logits = logits.split([prompt.length, labels.shape[1]], dim=1)
+        virtual, logits = logits[:, predicting], logits[:, prompt.length :]
     loss = context_loss(prompt.context, virtual, logits, columns, labels, types, items)
     return placement.restore(type(output)(**{**output, "loss": loss}))  # a new one, in which the loss comes first
 
@@ -99,25 +100,32 @@ def context_loss(
 ) -> Tensor:
     """The loss, a scalar.
 
-    `virtual` `[B|1, p, V]` are the logits of the virtual tokens and `logits` `[B, T, V]` those of the row, whose first
-    token is in the column `first` `[B, 1]`. With `items`, the labels of all rows of one step, the result is these rows'
-    share of the step's mean.
+    `virtual` `[B|1, m, V]` are the logits of the m `predicting_tokens` and `logits` `[B, T, V]` those of the row, whose
+    first token is in the column `first` `[B, 1]`. With `items`, the labels of all rows of one step, the result is these
+    rows' share of the step's mean.
     """
     rows, count = labels.shape[0], len(context.ids)
     kinds, types = _joined(context, labels, types)
     weights = answer_weights(kinds, context.decay)
     of_prompt, of_row = weights[:, :count].expand(rows, -1), weights[:, count:].expand(rows, labels.shape[1])
     labels = labels.masked_fill((types == 0) | (types % KINDS != 0), IGNORED)
-    answers = context.ids.masked_fill((context.types == 0) | (context.types % KINDS != 0), IGNORED)[1:]
     rest = labels.scatter(1, first, IGNORED)  # the first token is predicted by the last virtual one
-    total = (of_row[:, 1:] * _losses(logits[:, :-1], rest[:, 1:])).sum()
-    total = (
-        total + (of_row.gather(1, first) * _losses(virtual[:, -1:].expand(rows, -1, -1), labels.gather(1, first))).sum()
-    )
-    total = total + (of_prompt[:, 1:] * _losses(virtual[:, :-1], answers.expand(virtual.shape[0], -1))).sum()
+    total = (of_row.roll(-1, 1) * _losses(logits, pad(rest[:, 1:], (0, 1), value=IGNORED))).sum()
+    of_first = _losses(virtual[:, -1:].expand(rows, -1, -1), labels.gather(1, first))
+    total = total + (of_row.gather(1, first) * of_first).sum()
+    answers = predicting_tokens(context)[:-1] + 1
+    of_answers = _losses(virtual[:, :-1], context.ids[answers].expand(virtual.shape[0], -1))
+    total = total + (of_prompt[:, answers] * of_answers).sum()
     own = (labels != IGNORED).sum()
-    mean = total / (own + rows * (answers != IGNORED).sum())
+    mean = total / (own + rows * len(answers))
     return mean if items is None else mean * own / items
+
+
+def predicting_tokens(context: Context) -> Tensor:
+    """The virtual tokens `[m]` that something counted follows: a token of an answer or, the last one, a row."""
+    counted = (context.types > 0) & (context.types % KINDS == 0)
+    counted = torch.cat([counted[1:], counted.new_ones(1)])
+    return counted.nonzero()[:, 0]
 
 
 def answer_weights(kinds: Tensor, decay: float) -> Tensor:
