@@ -180,7 +180,7 @@ def _merged(
     output, lse = of_own
     part, part_lse = (group.unfold(each, output.shape[1], output.shape[2]) for each in of_prefix)
     own, own_lse = group.of_rows(output), group.of_rows(lse)
-    weight = torch.sigmoid(part_lse - own_lse)[..., None]
+    weight = (part_lse - own_lse).sigmoid_().unsqueeze(-1)
     if output.dtype in (torch.bfloat16, torch.float16):
         both = own.float().lerp_(part.float(), weight).to(output.dtype)
     else:

@@ -177,8 +177,10 @@ class AttentionDoor:
         given, mask, cache = (kwargs.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
         if opening.generating and self.position_offset:
             given = None  # counted from 0 there, which such a model's own positions are not
-        positions = true_positions(inputs, mask, cache) if given is None else given - self.position_offset
+        positions = true_positions(inputs, mask, cache) if given is None else given
         positions = positions + opening.shift(inputs.shape[0], positions.device)
+        if given is not None and self.position_offset:
+            positions = positions - self.position_offset
         longest: int | None = None
         if given is None or opening.generating:
             seen = 0 if cache is None or isinstance(mask, Tensor) else cache.get_seq_length()
