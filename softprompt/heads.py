@@ -83,6 +83,15 @@ class Heads(nn.Module):
         for path, original in originals.items():
             self._put(path, chosen.get(path, original))
 
+    def has_own(self, adapter: str) -> bool:
+        """Whether an adapter brings heads along."""
+        return adapter in self.copies and bool(self._of(adapter))
+
+    @property
+    def differ(self) -> bool:
+        """Whether adapters may have different heads."""
+        return bool(self.__dict__["originals"])
+
     @contextmanager
     def for_rows(self, adapters: Sequence[str] | None) -> Iterator[None]:
         """Inside the block each row goes through the heads of its own adapter; one without any, the base model's."""
@@ -95,7 +104,8 @@ class Heads(nn.Module):
         own = {name: self._of(name) if name in self.copies else {} for name in set(adapters)}
         try:
             for path, original in originals.items():
-                self._put(path, HeadOfRows([own[name].get(path, original) for name in adapters]))
+                heads = [own[name].get(path, original) for name in adapters]
+                self._put(path, HeadOfRows(heads) if len(set(heads)) > 1 else heads[0])
             yield
         finally:
             for path, module in before.items():

@@ -301,3 +301,28 @@ def test_rows_of_a_store(tmp_path: Path) -> None:
     names = [NAMES[row] for row in good]
     got = served.generate(**rest, adapter_names=names, task_ids=TASKS[good], **PLAIN)
     assert torch.equal(got[:, -5:], expected[good, -5:])
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+def test_a_rows_first_token_is_predicted_through_its_own_head(frozen: bool) -> None:
+    """A head for words is part of what the last virtual token predicts, whichever adapter is active."""
+    model = get_peft_model(
+        tiny.build("llama"), PromptTuningConfig(num_virtual_tokens=4, modules_to_save=["lm_head"]), "first"
+    )
+    model.add_adapter("second", PromptTuningConfig(num_virtual_tokens=3, modules_to_save=["lm_head"]))
+    model.add_adapter("third", PromptTuningConfig(num_virtual_tokens=5))
+    torch.manual_seed(2)
+    for parameter in model.heads.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    if frozen:
+        model.eval().requires_grad_(False)
+    for names in (["second", "__base__", "third", "first"], ["second"] * 4, ["third"] * 4):
+        batch = tiny.ragged((4, 4, 4, 4))
+        loss = model(**batch, labels=batch["input_ids"], adapter_names=names).loss
+        total, count = torch.zeros(()), 0
+        for row, name in enumerate(names):
+            each = {key: value[row : row + 1] for key, value in batch.items()}
+            labels = 3 if name == "__base__" else 4
+            total += labels * alone(model, name, 0, **each, labels=each["input_ids"]).loss.detach()
+            count += labels
+        torch.testing.assert_close(loss.detach(), total / count)

@@ -34,7 +34,7 @@ from softprompt import (
 )
 from softprompt.checkpoint import save_adapter
 from softprompt.config import EmbeddingConfig
-from softprompt.frozen import storages
+from softprompt.store.loaded import storages
 from softprompt.prompt import EmbeddingPrompt, KVPrompt, SoftPrompt, need_count
 
 # ---- what it gives -----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from store_kit import BYTES, CONFIG, GEOMETRY, TOKENS, WEIGHTS, error_of, folder
 from torch import Tensor
 
 from softprompt import KV, CheckpointError, Embeddings, PromptStore
-from softprompt.frozen import size_of
+from softprompt.store.loaded import size_of
 
 __all__ = ["folder"]  # a fixture
 

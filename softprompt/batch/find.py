@@ -9,10 +9,10 @@ from softprompt.config import EmbeddingConfig, Placement, PromptConfig
 from softprompt.errors import ConfigError, RowsError, SoftPromptError, UnsupportedError
 from softprompt.fold import Folded, fold_and_predict
 from softprompt.fold_cache import frozen
-from softprompt.frozen import LoadedPrompt
 from softprompt.probe import word_table
 from softprompt.prompt import KV, Embeddings
 from softprompt.running import can_fold
+from softprompt.store.loaded import LoadedPrompt
 
 if TYPE_CHECKING:
     from softprompt.model import SoftPromptModel
@@ -84,7 +84,16 @@ class Finder:
                 f"the loss of {name!r} counts the answers in its prompt, which rows with other prompts cannot have; "
                 "call the model for its rows alone."
             )
+        if isinstance(prompt, Embeddings) and self._has_own_words(config):
+            with self.model.heads.for_rows([name]):  # not through the active adapter's head, nor together with others
+                prompt = fold_and_predict(self.model.door, prompt)
         return Chosen(prompt, placement_of(config) if isinstance(config, EmbeddingConfig) else None)
+
+    def _has_own_words(self, config: PromptConfig) -> bool:
+        """Whether the last virtual token may predict words through another head than the batch's other prompts."""
+        model = self.model
+        words = model.heads.differ and model.base_model.get_output_embeddings() is not None
+        return words and can_fold(model.geometry, placement_of(config))
 
     def _of_store(self, loaded: LoadedPrompt, task: int | None) -> Embeddings | KV | Folded:
         """A stored prompt, folded where it can be; the store keeps that beside it, within its limit."""
@@ -96,9 +105,9 @@ class Finder:
             return replace(prompt, vectors=prompt.vectors.to(word_table(model.base_model).device))
         epoch = model.folds.epoch(model.base_model)
         if epoch is None:
-            return _folded(model, loaded.prompt(task))
+            return _folded(model, loaded.name, loaded.prompt(task))
         key = ("folded", id(model.door), epoch, task)
-        return model.store.derived(loaded, key, lambda: _lasting(_folded(model, loaded.prompt(task))))
+        return model.store.derived(loaded, key, lambda: _lasting(_folded(model, loaded.name, loaded.prompt(task))))
 
 
 def placement_of(config: PromptConfig) -> Placement:
@@ -109,8 +118,13 @@ def placement_of(config: PromptConfig) -> Placement:
 
 
 def kept(model: "SoftPromptModel", unit: Unit, labelled: bool = False) -> Folded | None:
-    """A frozen prompt of the model, folded once; None where it is not frozen or cannot be folded."""
-    encoder, task = model.encoder(unit[0]), unit[1]
+    """A frozen prompt of the model, folded once; None where it is not frozen or cannot be folded.
+
+    Nor is one kept that predicts words through a head of its own, whose changes nobody looks for.
+    """
+    (name, task), encoder = unit, model.encoder(unit[0])
+    if model.heads.has_own(name) and model.base_model.get_output_embeddings() is not None:
+        return None
     vectors = isinstance(encoder.config, EmbeddingConfig)
     if vectors and not can_fold(model.geometry, placement_of(encoder.config)):
         return None
@@ -120,7 +134,7 @@ def kept(model: "SoftPromptModel", unit: Unit, labelled: bool = False) -> Folded
     if known is None:
         if torch.compiler.is_compiling() or not frozen(encoder):
             return None
-        known = _lasting(_folded(model, encoder.prompt(None if task is None else torch.tensor([task]))))
+        known = _lasting(_folded(model, name, encoder.prompt(None if task is None else torch.tensor([task]))))
         model.folds.keep(unit, encoder, known)
     return None if labelled and known.context else known
 
@@ -134,10 +148,11 @@ def _lasting(folded: Folded) -> Folded:
 
 
 @torch.no_grad()
-def _folded(model: "SoftPromptModel", prompt: Embeddings | KV) -> Folded:
-    """A prompt as the base model takes it, on its device and in its type."""
+def _folded(model: "SoftPromptModel", name: str, prompt: Embeddings | KV) -> Folded:
+    """An adapter's prompt as the base model takes it, on its device and in its type."""
     own = word_table(model.base_model)
     if isinstance(prompt, KV):
         return Folded(prompt.map(lambda part: part.detach().to(own)))
-    folded = fold_and_predict(model.door, replace(prompt, vectors=prompt.vectors.to(own)))
+    with model.heads.for_rows([name]):
+        folded = fold_and_predict(model.door, replace(prompt, vectors=prompt.vectors.to(own)))
     return replace(folded, context=prompt.context is not None)

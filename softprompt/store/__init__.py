@@ -22,8 +22,8 @@ from typing import Any, TypeVar, final
 from softprompt.checkpoint import CONFIG_NAME, ENCODER_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
 from softprompt.checkpoint.files import Find, half_written, local_files
 from softprompt.errors import CheckpointError, ConfigError, SoftPromptError
-from softprompt.frozen import LoadedPrompt, Loader, size_of
 from softprompt.geometry import Geometry
+from softprompt.store.loaded import LoadedPrompt, Loader, size_of
 
 T = TypeVar("T")
 Version = tuple[tuple[int, ...] | None, ...]
