@@ -1,6 +1,7 @@
 """Folded prompts that are kept: a frozen prompt is folded once, and again when it or the base model has changed."""
 
 from collections.abc import Hashable
+from itertools import count
 from operator import is_
 from typing import Any, final
 
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from softprompt.fold import Folded
 from softprompt.stacking import has_layers
 
+_EPOCHS = count(1)
+"""Of all models, so that a store which several share never takes what one folds to for what another does."""
+
 
 @final
 class Stamp:
-    """The parameters of a module as they are now: themselves, their versions, their places.
+    """The parameters of a module as they are now: themselves, their versions, their places; and autocast's type.
 
     It is made in every step of decoding, so modules are walked by hand: torch's own iterators take ten times as long.
     """
@@ -24,6 +28,8 @@ class Stamp:
         self._walk(module)
         self.versions = [0 if each.is_inference() else each._version for each in self.tensors]
         self.places = [each.data_ptr() for each in self.tensors]
+        kind = self.tensors[0].device.type if self.tensors else "cpu"
+        self.computes = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def _walk(self, module: nn.Module) -> None:
         self.modules.append(module)
@@ -41,6 +47,7 @@ class Stamp:
         return (
             len(self.modules) == len(other.modules)
             and len(self.tensors) == len(other.tensors)
+            and self.computes is other.computes
             and self.versions == other.versions
             and self.places == other.places
             and all(map(is_, self.modules, other.modules))
@@ -77,7 +84,7 @@ class FoldCache:
             self._base = None
             if has_layers(base):
                 return None
-            self._base, self._epoch = now, self._epoch + 1
+            self._base, self._epoch = now, next(_EPOCHS)
         return self._epoch
 
     def get(self, key: Hashable, prompt: nn.Module) -> Folded | None:
@@ -89,7 +96,7 @@ class FoldCache:
             return known[1] if frozen(prompt) else None
         now = Stamp(prompt)
         if now.trains or not known[0].same(now):
-            del self._known[key]
+            self._known.pop(key, None)  # unless another thread was first
             return None
         return known[1]
 

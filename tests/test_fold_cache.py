@@ -1,5 +1,7 @@
 """Frozen prompts are folded once and kept; whatever changes the prompt or the base model drops them."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,35 @@ def test_nothing_is_kept_while_a_part_is_in_training_mode(part: str) -> None:
     assert not model.folds.kept
     model.eval()(input_ids=IDS)
     assert model.folds.kept
+
+
+def test_what_autocast_has_folded_is_not_taken_for_more_exact() -> None:
+    model = frozen("prompt_tuning")
+    expected = model(input_ids=IDS).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(model(input_ids=IDS).logits.float(), expected)
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def test_models_that_share_a_store_fold_for_themselves(tmp_path: Path) -> None:
+    """Their numbers for the state of the base model never meet, not even where one takes the other's place."""
+    frozen("prompt_tuning", seed=1).save_pretrained(tmp_path / "one")
+    store, epochs = PromptStore(tmp_path), set()
+    for seed in range(3):
+        model = get_peft_model(tiny.build("llama", seed=seed), CONFIGS["ffn"]).eval().requires_grad_(False)
+        model.attach(store)
+        got = model(input_ids=IDS, adapter_names=["one", "one"]).logits
+        fresh = SoftPromptModel.from_pretrained(model.get_base_model(), tmp_path / "one")
+        torch.testing.assert_close(got, fresh(input_ids=IDS).logits)
+        epochs.add(model.folds.epoch(model.get_base_model()))
+    assert len(epochs) == 3
+
+
+def test_a_model_with_a_store_can_be_copied(tmp_path: Path) -> None:
+    frozen("prompt_tuning", seed=1).save_pretrained(tmp_path / "one")
+    model = frozen("ffn")
+    model.attach(PromptStore(tmp_path, max_bytes=1 << 20))
+    expected = model(input_ids=IDS, adapter_names=["one", "default"]).logits
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert copied.store is not model.store and copied.store.max_bytes == 1 << 20
+        assert torch.equal(copied(input_ids=IDS, adapter_names=["one", "default"]).logits, expected)

@@ -106,7 +106,7 @@ class Finder:
         epoch = model.folds.epoch(model.base_model)
         if epoch is None:
             return _folded(model, loaded.name, loaded.prompt(task))
-        key = ("folded", id(model.door), epoch, task)
+        key = ("folded", epoch, task)
         return model.store.derived(loaded, key, lambda: _lasting(_folded(model, loaded.name, loaded.prompt(task))))
 
 

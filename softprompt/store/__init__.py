@@ -87,6 +87,11 @@ class PromptStore:
         for name, folder in found.items():
             self.register(name, folder)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, as of a model the store is attached to, knows the same folders, and holds nothing yet."""
+        with self._lock:
+            return PromptStore, (dict(self._folders), self.max_bytes, self.mapped)
+
     # ---- names ---------------------------------------------------------------------------------------------------
 
     def register(self, name: str, path: str | Path) -> None:
