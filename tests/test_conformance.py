@@ -59,7 +59,7 @@ def test_cell(cell: Cell, reload: Reload, tmp_path: Path) -> None:
     found = reload(cell, tmp_path)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)  # a frozen prompt is folded by itself
     if cell.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         check_generation(cell, model)
 

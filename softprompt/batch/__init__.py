@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softprompt.batch.find import BASE, Chosen, Finder, Unit, kept, placement_of
 from softprompt.batch.join import Mixed, join_embeddings, join_folded, join_kv
-from softprompt.config import Placement
+from softprompt.config import Placement, PromptConfig
 from softprompt.errors import ConfigError
 from softprompt.fold import Folded, fold_and_predict
 from softprompt.probe import word_table
@@ -57,15 +57,22 @@ def check_slots(placement: Placement, slots: Tensor | None) -> None:
         raise ConfigError(f"a prompt with placement={placement.value!r} {wanted}; see EmbeddingConfig.placement.")
 
 
+def run_with(
+    model: "SoftPromptModel", config: PromptConfig, prompt: Embeddings | KV | Folded, slots: Tensor | None
+) -> Run:
+    """How a call runs with a prompt that was made already, by the method of `config`."""
+    placement = placement_of(config)
+    check_slots(placement, slots)
+    return Run(model.door, model.geometry, prompt, placement, slots)
+
+
 def _run_of_one(
     model: "SoftPromptModel", name: str, task_ids: Tensor | None, slots: Tensor | None, labelled: bool
 ) -> Run:
     """One adapter for all rows, the prompt as it is now or, where it is frozen, as it was kept."""
     encoder = model.encoder(name)
-    placement = placement_of(encoder.config)
-    check_slots(placement, slots)
     prompt = kept(model, (name, None), labelled) if task_ids is None else _kept_tasks(model, name, task_ids)
-    return Run(model.door, model.geometry, encoder.prompt(task_ids) if prompt is None else prompt, placement, slots)
+    return run_with(model, encoder.config, encoder.prompt(task_ids) if prompt is None else prompt, slots)
 
 
 def _kept_tasks(model: "SoftPromptModel", name: str, task_ids: Tensor) -> Folded | None:

@@ -15,6 +15,7 @@ from torch.nn import ModuleDict
 from torch.nn.functional import one_hot
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from softprompt.batch import run_with
 from softprompt.config import EmbeddingConfig
 from softprompt.errors import ConfigError
 from softprompt.model import SoftPromptModel
@@ -50,7 +51,7 @@ class PromptEnsemble:
                 return torch.stack([self._alone(name, inputs) for name in self.names])
             rows = _rows(inputs)
             slots, inputs = inputs.get("slots"), {name: each for name, each in inputs.items() if name != "slots"}
-            run = self.model._run(self.encoders[0], self._for_rows(stacked, rows), self._again(slots))
+            run = run_with(self.model, self.encoders[0].config, self._for_rows(stacked, rows), self._again(slots))
             output = run.forward({**{name: self._widened(name, each) for name, each in inputs.items()},
                                   "return_dict": True})  # fmt: skip
         return output.logits.unflatten(0, (len(self.names), rows))
@@ -85,7 +86,7 @@ class PromptEnsemble:
         slots = self._again(inputs.pop("slots", None))
         inputs = {name: self._widened(name, each) for name, each in inputs.items()}
         with self._evaluating():
-            run = self.model._run(self.encoders[0], self._for_rows(stacked, rows), slots)
+            run = run_with(self.model, self.encoders[0].config, self._for_rows(stacked, rows), slots)
             output = run.generate(**inputs, logits_processor=processors)
         return output[:rows]
 
