@@ -128,14 +128,16 @@ def kept(model: "SoftPromptModel", unit: Unit, labelled: bool = False) -> Folded
     vectors = isinstance(encoder.config, EmbeddingConfig)
     if vectors and not can_fold(model.geometry, placement_of(encoder.config)):
         return None
-    if model.folds.epoch(model.base_model) is None:
+    own = word_table(model.base_model)
+    key = unit if vectors else (*unit, own.dtype, own.device)  # keys and values come from no base model
+    if vectors and model.folds.epoch(model.base_model) is None:
         return None
-    known = model.folds.get(unit, encoder)
+    known = model.folds.get(key, encoder)
     if known is None:
         if torch.compiler.is_compiling() or not frozen(encoder):
             return None
         known = _lasting(_folded(model, name, encoder.prompt(None if task is None else torch.tensor([task]))))
-        model.folds.keep(unit, encoder, known)
+        model.folds.keep(key, encoder, known)
     return None if labelled and known.context else known
 
 
