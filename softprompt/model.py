@@ -14,7 +14,7 @@ from transformers.utils.hub import PushToHubMixin
 from softprompt import checkpoint
 from softprompt.batch import run_for
 from softprompt.batch.find import placement_of
-from softprompt.config import PromptConfig
+from softprompt.config import EmbeddingConfig, Placement, PromptConfig
 from softprompt.errors import ConfigError
 from softprompt.fitting import fitted, method_of
 from softprompt.fold_cache import FoldCache
@@ -361,6 +361,13 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
     @property
+    def loss_type(self) -> str | None:
+        """The base model's; None where a virtual token predicts a row's first, so that Trainer counts its label too."""
+        front = placement_of(self.active_peft_config) is Placement.FRONT
+        first = front and isinstance(self.active_peft_config, EmbeddingConfig) and self.geometry.causal
+        return None if first else getattr(self.base_model, "loss_type", None)
+
+    @property
     def enabled(self) -> bool:
         """False inside `disable_adapter`."""
         return self._enabled
@@ -371,10 +378,8 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total
-        print(  # noqa: T201 – what the name promises
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
-        )
+        share = f"trainable%: {100 * trainable / total:.4f}"
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || {share}")  # noqa: T201 – as the name says
 
     def __getattr__(self, name: str) -> Any:
         """Anything else is the base model's: `config`, `device`, `dtype`, `generation_config`, …"""

@@ -12,7 +12,6 @@ from transformers import DynamicCache
 
 from softprompt import (
     KV,
-    ConfigError,
     PrefixTuningConfig,
     PromptTuningConfig,
     SoftPromptModel,

@@ -289,3 +289,12 @@ def test_padding_of_what_is_written(family: str, method: str) -> None:
     if method == "prefix":
         with pytest.raises(ConfigError, match=r"decoder_attention_mask hides the beginning.*pad .* on the right"):
             model(**batch, **left)
+
+
+def test_a_mask_of_four_dimensions_in_whole_numbers_is_refused() -> None:
+    """torch refuses it without a prompt; added to the scores it would hide nothing."""
+    model = get_peft_model(tiny.build("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    ids, seen = torch.tensor([[5, 6, 7]]), torch.ones(1, 1, 3, 3).tril()
+    with pytest.raises(ConfigError, match=r"attention_mask of four dimensions cannot be of torch\.int64"):
+        model(input_ids=ids, attention_mask=seen.long())
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=seen.bool()).logits, model(input_ids=ids).logits)

@@ -230,3 +230,21 @@ def test_transformers_own_trainer(family: str, task: str, method: str, tmp_path:
     again = Trainer(model=make(family, method, task=task), args=arguments, train_dataset=data, eval_dataset=data)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert math.isclose(again.evaluate()["eval_loss"], after, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
+def test_trainer_divides_by_the_labels_that_count(method: str, tmp_path: Path) -> None:
+    """The first token of a row counts where a virtual token predicts it: also for what Trainer divides the loss by."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    model = make("llama", method, task="CAUSAL_LM")
+    data = [{name: value[:2] for name, value in Rows(classes=False)[index].items()} for index in range(8)]
+    batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    expected = model(**batch).loss.item()
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    assert math.isclose(trainer.state.log_history[0]["loss"], expected, rel_tol=1e-3)

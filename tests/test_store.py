@@ -34,8 +34,8 @@ from softprompt import (
 )
 from softprompt.checkpoint import save_adapter
 from softprompt.config import EmbeddingConfig
-from softprompt.store.loaded import storages
 from softprompt.prompt import EmbeddingPrompt, KVPrompt, SoftPrompt, need_count
+from softprompt.store.loaded import storages
 
 # ---- what it gives -----------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from softprompt.attention import Group, groups_of
 from softprompt.doors.lengths import own_lengths
+from softprompt.errors import ConfigError
 from softprompt.prompt import KV, spread
 
 _KEPT = 4  # masks of one call: one for full attention, one for windows
@@ -169,7 +170,15 @@ def entered(opening: Opening) -> Iterator[None]:
 
 
 def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean or additive mask as one that is added, with the lowest number for what is hidden."""
+    """A boolean or additive mask as one that is added, with the lowest number for what is hidden.
+
+    ConfigError for whole numbers, which would be added too, and hide nothing.
+    """
+    if mask.dtype is not torch.bool and not mask.is_floating_point():
+        raise ConfigError(
+            f"an attention_mask of four dimensions cannot be of {mask.dtype}; give True where a token is seen, or what "
+            "is added to its score."
+        )
     lowest = torch.finfo(dtype).min
     if mask.dtype is torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
