@@ -103,8 +103,7 @@ def kv_bytes(head_width: int) -> int:
     """
     sizes = {}
     for each in gc.get_objects():
-        kind = type(each)
-        if not issubclass(kind, Tensor) or issubclass(kind, nn.Parameter):
+        if type(each) is not Tensor or each.is_meta:  # parameters, and stand-ins that have no memory
             continue
         if each.ndim >= 4 and each.shape[-1] == head_width and each.is_floating_point():
             sizes[storage(each).data_ptr()] = storage(each).nbytes()

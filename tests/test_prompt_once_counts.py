@@ -218,7 +218,7 @@ def test_a_token_takes_a_few_operations_more(shape: str, method: str, padded: bo
     assert found == extra(shape, method, given, tokens=50)
     deeper = extra(shape, method, given, **{"n_layer" if shape == "gpt2" else "num_hidden_layers": 6})
     per_layer = (sum(deeper.values()) - sum(found.values())) / 4
-    assert per_layer <= 16 and sum(found.values()) - 2 * per_layer <= 10
+    assert per_layer <= 20 and sum(found.values()) - 2 * per_layer <= 10
     for name, count in found.items():
         assert count <= 0 or not any(name.startswith(f"aten.{each}") for each in OFF_DEVICE), (name, count)
     # the mask that the model has made is turned into numbers once, for all layers; without padding there is none
