@@ -11,14 +11,14 @@ export HF_HUB_OFFLINE = 1
 # Threads that wait by spinning make training many times slower on cores that are shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test lint types test-floor bench bench-speed docs readme clean
+.PHONY: help setup demo test lint types test-floor bench bench-quality docs readme clean
 
 help:
 	@echo "make demo        train a prefix on the embedded model, save, reload, generate, report (OUT=$(OUT))"
 	@echo "make test        lint, types, all tests"
 	@echo "make test-floor  the tests on the lowest supported versions, in their own environment"
-	@echo "make bench       the tables in benchmarks/results and README.md"
-	@echo "make bench-speed those of speed and memory alone (SPEED=--quick: minutes; SPEED='--device cuda': on a GPU)"
+	@echo "make bench       the tables of speed and memory (SPEED=--quick: minutes; SPEED='--device cuda': on a GPU)"
+	@echo "make bench-quality  the tables of what the prompts learn: hours"
 	@echo "make docs        docs/first-run.md from a real run of the demo"
 	@echo "make readme      the generated parts of README.md: tables, methods, tree"
 	@echo "make clean       remove what the other targets made"
@@ -68,12 +68,12 @@ SPEED        ?=
 SPEED_TABLES := step generate prompts loading train cache_door growth
 
 # One process per table, one after the other: two at a time would measure each other.
-bench-speed: $(VENV)/.dev
+bench: $(VENV)/.dev
 	for table in $(SPEED_TABLES); do $(BIN)/python benchmarks/speed_$$table.py $(SPEED) || exit 1; done
 	$(BIN)/python benchmarks/goals.py
 	$(BIN)/python scripts/fill_readme.py
 
-bench: $(VENV)/.dev bench-speed
+bench-quality: $(VENV)/.dev
 	$(BIN)/python benchmarks/quality_e2e.py --model stories260K --steps 150 --grid-steps 60
 	$(BIN)/python benchmarks/quality_e2e.py --model embedded --steps 100 --grid-steps 30 --like stories260K --finalists 1
 	$(BIN)/python benchmarks/quality_sst2.py
