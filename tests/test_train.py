@@ -257,7 +257,7 @@ def test_resume_never_unpickles_and_refuses_a_damaged_state(workplace: Path, tmp
     with pytest.raises(CheckpointError, match=r"state.pt is damaged"):
         train(settings, resume=True)
     assert not (tmp_path / "sprung").exists()
-    for part in ("trainable", "optimizer", "rng", "progress", "data"):
+    for part in ("trainable", "optimizer", "processes", "progress", "data"):
         state.write_bytes(whole)
         saved = torch.load(state, weights_only=True)
         torch.save({**saved, part: 7}, state)

@@ -1,15 +1,19 @@
 """The order of the training examples and the learning rate, both as plain functions of the step.
 
-Nothing here has state: step k of a run always sees the same examples at the same learning rate, so a resumed run
-needs no more than its step number to go on exactly where it was.
+Step k of a run always sees the same examples at the same learning rate, so a resumed run needs no more than its step
+number to go on exactly where it was; only a stream also has to say where it was.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any, Protocol, final
 
 import torch
+
+from softprompt.train.distributed import Team
 
 WINDOW = 50  # batches that are sorted by length together; larger means less padding and less mixing
 
@@ -55,6 +59,52 @@ class BatchOrder:
             self._batches = epoch_batches(self.lengths, self.batch_size, self.seed, epoch, self.by_length)
             self._epoch = epoch
         return self._batches[index]
+
+
+class Order(Protocol):
+    """The example numbers of a step, from 0."""
+
+    per_epoch: int
+
+    def __getitem__(self, step: int) -> list[int]: ...
+
+
+class Batches(ABC):
+    """The training rows of each step. `per_epoch` is the number of steps in a pass, None where nobody knows."""
+
+    per_epoch: int | None
+
+    @abstractmethod
+    def rows(self, step: int) -> list[Any]:
+        """This process's rows of a step, from 0; there may be none. Steps are asked for in their order."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on after the last step that was asked for, beside the step's number."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state of this process."""
+
+
+@final
+class InMemory(Batches):
+    """Rows that are all there, in an order that follows from the step."""
+
+    def __init__(self, data: Sequence[Any], order: Order, team: Team) -> None:
+        self.data = data
+        self.order = order
+        self.team = team
+        self.per_epoch = order.per_epoch
+
+    def rows(self, step: int) -> list[Any]:
+        return [self.data[number] for number in self.team.share(self.order[step])]
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing: a step's rows follow from its number."""
 
 
 def rate_factor(step: int, total: int, warmup: float, schedule: str) -> float:

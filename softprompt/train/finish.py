@@ -92,6 +92,8 @@ def _summary(trainer: Trainer, result: RunResult) -> dict[str, Any]:
         "saved_parameters": _saved_parameters(trainer.folder.path),
         "adapter_bytes": (trainer.folder.path / "adapter_model.safetensors").stat().st_size,
         "seconds": round(result.seconds, 2),
+        "processes": result.processes,
+        "tokens": trainer.progress.tokens,
         "tokens_per_s": round(trainer.progress.tokens / max(result.seconds, 1e-9), 1),
         "nearest": None if vectors is None else nearest_tokens(vectors.cpu(), words.cpu(), trainer.tokenizer),
         "norms": _norms(model) if vectors is None else None,

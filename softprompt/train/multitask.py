@@ -26,12 +26,13 @@ from softprompt.model import SoftPromptModel, get_peft_model
 from softprompt.prompt import EmbeddingPrompt, evaluating
 from softprompt.recipe import Recipe
 from softprompt.recipe.tasks import teacher_recipe
+from softprompt.train.distributed import Team
 from softprompt.train.run_folder import RECIPE, SUMMARY, RunFolder
 
 TEACHERS = "teachers"
 
 
-def teacher_prompts(recipe: Recipe, folder: RunFolder, console: Console) -> Tensor | None:
+def teacher_prompts(recipe: Recipe, folder: RunFolder, console: Console, team: Team) -> Tensor | None:
     """The teachers' prompts `[T, p, d]`, in the order of the tasks; None where the recipe wants none.
 
     Teachers that `recipe.teachers` does not name are trained first; finished ones in the folder are kept, and one that
@@ -43,7 +44,7 @@ def teacher_prompts(recipe: Recipe, folder: RunFolder, console: Console) -> Tens
     if not recipe.teachers:
         folder.begin(recipe)
         for name in recipe.tasks:
-            _train_teacher(recipe, name, place / name, console)
+            _train_teacher(recipe, name, place / name, console, team)
     found = {name: _vectors(load_adapter(place / name), place / name) for name in recipe.tasks}
     shapes = {name: tuple(vectors.shape) for name, vectors in found.items()}
     if len(set(shapes.values())) > 1:
@@ -51,13 +52,14 @@ def teacher_prompts(recipe: Recipe, folder: RunFolder, console: Console) -> Tens
     return torch.stack(list(found.values()))
 
 
-def _train_teacher(recipe: Recipe, name: str, out: Path, console: Console) -> None:
+def _train_teacher(recipe: Recipe, name: str, out: Path, console: Console, team: Team) -> None:
     from softprompt.train import train  # here because that module builds on this one
 
-    if (out / SUMMARY).is_file():  # written last
+    done, begun = team.on_main(lambda: ((out / SUMMARY).is_file(), (out / RECIPE).is_file()))
+    if done:  # what is written last is there
         return
     console.print(f"teacher of {name}", highlight=False)
-    train(teacher_recipe(recipe, name, str(out)), resume=(out / RECIPE).is_file(), console=console)
+    train(teacher_recipe(recipe, name, str(out)), resume=begun, console=console)
 
 
 def _vectors(saved: SavedAdapter, place: Path) -> Tensor:
@@ -71,7 +73,10 @@ def _vectors(saved: SavedAdapter, place: Path) -> Tensor:
 @final
 @dataclass(frozen=True)
 class Distillation:
-    """The loss of source training. `teachers` is the base model with every task's teacher before it, by `task_ids`."""
+    """The loss of source training. `teachers` is the base model with every task's teacher before it, by `task_ids`.
+
+    Of several processes each takes the distance of the states of its own rows, and the step the mean of those.
+    """
 
     teachers: SoftPromptModel
     weight: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.cloze import Cloze
-from softprompt.data import Example, LabelledExample, collate, encode_labels
+from softprompt.data import IGNORED, Example, LabelledExample, collate, encode_labels
 from softprompt.data.cloze import ClozeExample, as_text
 from softprompt.data.examples import without_slots as bare_example
 from softprompt.evaluate import (
@@ -25,7 +26,9 @@ from softprompt.evaluate import (
     predict_labels,
 )
 from softprompt.model import SoftPromptModel
+from softprompt.prompt import Embeddings, evaluating
 from softprompt.recipe import Recipe
+from softprompt.running.context_loss import predicting_tokens
 from softprompt.train.multitask_data import evaluate_tasks
 from softprompt.train.run_data import RunData
 
@@ -38,9 +41,18 @@ class Objective(ABC):
 
     compares: bool = True
 
+    @property
+    @abstractmethod
+    def weighs(self) -> str | None:
+        """The score by which the others weigh where parts of the rows are scored apart; None where they cannot be."""
+
     @abstractmethod
     def loss(self, model: SoftPromptModel, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
         """The loss of one batch, and its parts by name, which are logged."""
+
+    @abstractmethod
+    def counted(self, rows: Sequence[Any]) -> int:
+        """How many things the loss of these rows is the mean of, by which losses of parts of a batch are weighed."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, rows: Sequence[Any], batch_size: int, bare: bool = False) -> dict[str, float]:
@@ -68,15 +80,23 @@ def _on(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @final
 @dataclass(frozen=True)
 class TextObjective(Objective):
-    """Targets to write."""
+    """Targets to write. `answers_in_prompt` are tokens of the prompt itself that the loss counts with every row."""
 
     tokenizer: PreTrainedTokenizerBase
     max_new_tokens: int
     task_names: list[str] | None
     function: LossFunction
+    answers_in_prompt: int = 0
+
+    @property
+    def weighs(self) -> str | None:
+        return None if self.task_names else "tokens"
 
     def loss(self, model: SoftPromptModel, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
         return self.function(model, _on(model, collate(rows, pad_id(self.tokenizer))))
+
+    def counted(self, rows: Sequence[Any]) -> int:
+        return sum(self.answers_in_prompt + sum(label != IGNORED for label in row.labels) for row in rows)
 
     def evaluate(self, model: nn.Module, rows: Sequence[Any], batch_size: int, bare: bool = False) -> dict[str, float]:
         rows = [row.without_slots() for row in rows] if bare else rows
@@ -104,8 +124,15 @@ class LabelObjective(Objective):
     length: int
     compares = False
 
+    @property
+    def weighs(self) -> str | None:
+        return "rows"
+
     def loss(self, model: SoftPromptModel, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
         return own_loss(model, _on(model, collate(rows, pad_id(self.tokenizer))))
+
+    def counted(self, rows: Sequence[Any]) -> int:
+        return len(rows)
 
     def evaluate(self, model: nn.Module, rows: Sequence[Any], batch_size: int, bare: bool = False) -> dict[str, float]:
         return evaluate_accuracy(model, rows, batch_size, pad_id(self.tokenizer))
@@ -127,8 +154,15 @@ class ClozeObjective(Objective):
     cloze: Cloze
     length: int
 
+    @property
+    def weighs(self) -> str | None:
+        return None
+
     def loss(self, model: SoftPromptModel, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
         return self.cloze.loss(model, rows), {}
+
+    def counted(self, rows: Sequence[Any]) -> int:
+        return len(rows)
 
     def evaluate(self, model: nn.Module, rows: Sequence[Any], batch_size: int, bare: bool = False) -> dict[str, float]:
         return evaluate_cloze(model, self.cloze, [row.without_slots() for row in rows] if bare else rows, batch_size)
@@ -143,14 +177,43 @@ class ClozeObjective(Objective):
 
 
 def objective_of(
-    recipe: Recipe, data: RunData, tokenizer: PreTrainedTokenizerBase, length: int, loss: LossFunction = own_loss
+    recipe: Recipe,
+    data: RunData,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    model: SoftPromptModel,
+    loss: LossFunction = own_loss,
 ) -> Objective:
     """What a recipe trains on; `length` is the longest row in tokens, `loss` another loss than the task's own."""
     if data.cloze is not None:
         return ClozeObjective(data.cloze, length)
     if data.label_names is not None:
         return LabelObjective(tokenizer, data.label_names, length)
-    return TextObjective(tokenizer, recipe.max_new_tokens, data.task_names, loss)
+    return TextObjective(tokenizer, recipe.max_new_tokens, data.task_names, loss, answers_in_prompt(model))
+
+
+def answers_in_prompt(model: SoftPromptModel) -> int:
+    """Tokens of the prompt that the loss counts with every row: those of the answers in a prompt that is a text."""
+    encoder = model.encoder()
+    if encoder.num_tasks > 1:
+        return 0
+    with torch.no_grad(), evaluating(encoder):
+        prompt = encoder.prompt()
+    context = prompt.context if isinstance(prompt, Embeddings) else None
+    return 0 if context is None else len(predicting_tokens(context)) - 1
+
+
+def merged(parts: Sequence[Mapping[str, float]], weighs: str) -> dict[str, float]:
+    """The scores of all rows from those of parts of them."""
+    weights = [part[weighs] for part in parts]
+    means = {
+        name: sum(part[name] * weight for part, weight in zip(parts, weights, strict=True)) / sum(weights)
+        for name in parts[0]
+    }
+    means[weighs] = sum(weights)
+    if "perplexity" in means:
+        means["perplexity"] = math.exp(min(means["loss"], 700.0))
+    return means
 
 
 def quietly(model: nn.Module) -> Any:

@@ -66,7 +66,7 @@ class TrainingProgress:
         if self.console.is_terminal:
             self._bar.stop()
 
-    def update(self, row: Mapping[str, Any], steps_per_epoch: int) -> None:
+    def update(self, row: Mapping[str, Any]) -> None:
         """Show a step's row; the numbers in the bar are running averages."""
         self._loss = _average(self._loss, row["loss"])
         self._speed = _average(self._speed, row["tokens_per_s"])

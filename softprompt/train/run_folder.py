@@ -36,10 +36,19 @@ STATE_VERSION = 1
 
 
 class RunFolder:
-    """One run's folder. From ``check_free`` (a new run) or ``reopen`` (one to go on with or to read)."""
+    """One run's folder. From ``check_free`` (a new run) or ``reopen`` (one to go on with or to read).
+
+    One that does not ``write`` belongs to a process beside the one that does.
+    """
+
+    writes: bool = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def there(self) -> bool:
+        """Whether a run has begun in it."""
+        return (self.path / RECIPE).is_file()
 
     @classmethod
     def check_free(cls, path: str | Path) -> RunFolder:
@@ -62,6 +71,8 @@ class RunFolder:
         self.write_text(RECIPE, recipe.to_yaml())
 
     def make(self) -> None:
+        if not self.writes:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -78,6 +89,8 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Write a whole file or leave the old one."""
         target = self.path / name
+        if not self.writes:
+            return target
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +112,8 @@ class RunFolder:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to the metrics; numbers that are not finite become null, so that every line is JSON."""
+        if not self.writes:
+            return
         line = json.dumps({key: _finite(value) for key, value in row.items()})
         try:
             with open(self.path / METRICS, "a", encoding="utf-8") as file:
@@ -124,6 +139,8 @@ class RunFolder:
 
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Write what ``load_state`` needs to go on; the old state stays until the new one is complete."""
+        if not self.writes:
+            return
         target = self.path / STATE
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:

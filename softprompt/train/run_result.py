@@ -26,7 +26,8 @@ class RunResult:
     """What a run came to.
 
     ``frozen`` are the scores of the base model alone, ``start`` of the prompt before training, ``best`` of the one
-    kept. They are empty without held-out data; ``frozen`` is empty for a task whose head starts untrained.
+    kept. They are empty without held-out data; ``frozen`` is empty for a task whose head starts untrained. ``seconds``
+    are those of the steps in this process, the one number ``rank`` of ``processes``; number 0 has written the folder.
     """
 
     folder: Path
@@ -39,3 +40,5 @@ class RunResult:
     trainable_parameters: int
     base_parameters: int
     seconds: float
+    rank: int = 0
+    processes: int = 1
