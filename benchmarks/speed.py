@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import os
 import re
 import statistics
@@ -36,6 +37,7 @@ class Options:
     rounds: int = 5
     quick: bool = False
     most_tokens: int | None = 16_384
+    threads: int = 1
 
     @property
     def tiny(self) -> bool:
@@ -167,20 +169,39 @@ def _cell(column: Column, arms: Mapping[str, Result], name: str) -> str:
 
 def run(asked: Table, options: Options, records: Records, only: str | None) -> None:
     """Measure the groups that are asked for and keep each at once, in place of an older one."""
-    bench = Bench(options)
     for group in asked.groups(options):
         if (options.quick and not group.quick) or (only and not re.search(only, group.label)):
             continue
         print(f"# {asked.name}: {group.label}", flush=True)
-        begun = time.perf_counter()
-        rounds = options.rounds if group.rounds is None else min(options.rounds, group.rounds)
-        arms = compare(group.arms(bench), rounds, options.device)
-        if group.after is not None:
-            group.after(bench, arms)
-        records.put(
-            {"setting": group.setting},
-            {"seconds": round(time.perf_counter() - begun, 1), "machine": machine(options.device), "arms": arms},
-        )
+        records.put({"setting": group.setting}, _in_its_own_process(lambda group=group: _measured(group, options)))
+
+
+def _measured(group: Group, options: Options) -> dict[str, Any]:
+    torch.set_num_threads(options.threads)
+    if not options.cuda:
+        limit_memory()
+    bench = Bench(options)
+    begun = time.perf_counter()
+    rounds = options.rounds if group.rounds is None else min(options.rounds, group.rounds)
+    arms = compare(group.arms(bench), rounds, options.device)
+    if group.after is not None:
+        group.after(bench, arms)
+    return {"seconds": round(time.perf_counter() - begun, 1), "machine": machine(options.device), "arms": arms}
+
+
+def _in_its_own_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` returns, done by a process of its own: what one group leaves in memory disturbs no other."""
+    context = multiprocessing.get_context("fork")  # nothing has been computed here, so no thread is lost
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: theirs.send(work()))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise SystemExit(f"the process of a group ended without a result (status {process.exitcode})") from None
+    finally:
+        process.join()
 
 
 @contextmanager
@@ -221,15 +242,13 @@ def main(asked: Table, arguments: Sequence[str] | None = None) -> None:
         rounds,
         given.quick,
         given.most_tokens,
+        given.threads,
     )
     if given.list:
         print("\n".join(group.label for group in asked.groups(options)))
         return
     records = Records(given.results / f"{asked.name}.json")
     if not given.table:
-        torch.set_num_threads(given.threads)
-        if not options.cuda:
-            limit_memory()
         with quiet():
             run(asked, options, records, given.only)
     text = asked.markdown(records.rows)
