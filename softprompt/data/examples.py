@@ -7,7 +7,7 @@ that holds a list of texts gives several references: training uses each of them 
 with all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,16 +109,24 @@ def load_examples(
     With a template its fields decide; else `input_column` and `target_column` (by default "input" and "target"); else,
     where a row has neither but has `messages`, the chat. DataError names the row and the column at fault.
     """
-    parsed = Template(template) if template is not None else None
-    if parsed is not None and (input_column or target_column):
+    if template is not None and (input_column or target_column):
         raise ConfigError("give a template or an input and target column, not both")
     rows = read_rows(source, split, limit, only)
-    if parsed is not None:
-        return [templated(row, parsed) for row in rows]
-    if not input_column and not target_column and "messages" in rows[0].values and "input" not in rows[0].values:
-        return [_chat_example(row) for row in rows]
+    read = example_reader(rows[0], template, input_column, target_column)
+    return [read(row) for row in rows]
+
+
+def example_reader(
+    first: Row, template: str | None = None, input_column: str | None = None, target_column: str | None = None
+) -> Callable[[Row], Example]:
+    """How the rows of a source become examples; the first one tells whether they are chats."""
+    if template is not None:
+        parsed = Template(template)
+        return lambda row: templated(row, parsed)
+    if not input_column and not target_column and "messages" in first.values and "input" not in first.values:
+        return _chat_example
     columns = input_column or "input", target_column or "target"
-    return [_column_example(row, *columns) for row in rows]
+    return lambda row: _column_example(row, *columns)
 
 
 def _column_example(row: Row, input_column: str, target_column: str) -> Example:
@@ -179,17 +187,37 @@ def load_labelled(
     the training set's to read a test set). The text column defaults to the only other column there is.
     """
     rows = read_rows(source, split, limit, only)
+    names = list(label_names) if label_names else label_names_of(rows, label_column)
+    read = label_reader(rows[0], names, text_column, label_column)
+    return [read(row) for row in rows], names
+
+
+def label_reader(
+    first: Row,
+    names: Sequence[str],
+    text_column: str | None = None,
+    label_column: str | None = None,
+    remedy: str = "",
+) -> Callable[[Row], LabelledExample]:
+    """How the rows of a source become texts with classes; the first one tells which column holds the text.
+
+    `remedy` ends the error about a label that is not in `names`.
+    """
     label_column = label_column or "label"
-    values = [column_of(row, label_column, "name the one that holds the class") for row in rows]
-    text_column = text_column or _only_other_column(rows[0], label_column)
-    names = list(label_names) if label_names else _label_names(rows, values, label_column)
+    text_column = text_column or _only_other_column(first, label_column)
     numbers = {name: index for index, name in enumerate(names)}
-    labelled = []
-    for row, value in zip(rows, values, strict=True):
-        if str(value) not in numbers:
-            raise DataError(f"{row.where}: label {short(value)} is not one of {', '.join(names)}")
-        labelled.append(LabelledExample(scalar(row, text_column), numbers[str(value)], row.where))
-    return labelled, names
+
+    def read(row: Row) -> LabelledExample:
+        value = _label_of(row, label_column)
+        if value is None or str(value) not in numbers:
+            raise DataError(f"{row.where}: label {short(value)} is not one of {', '.join(names)}{remedy}")
+        return LabelledExample(scalar(row, text_column), numbers[str(value)], row.where)
+
+    return read
+
+
+def _label_of(row: Row, label_column: str) -> Any:
+    return column_of(row, label_column, "name the one that holds the class")
 
 
 def _only_other_column(row: Row, label_column: str) -> str:
@@ -200,13 +228,17 @@ def _only_other_column(row: Row, label_column: str) -> str:
     return (known or others)[0]
 
 
-def _label_names(rows: Sequence[Row], values: Sequence[Any], column: str) -> list[str]:
-    for row, value in zip(rows, values, strict=True):
+def label_names_of(rows: Iterable[Row], label_column: str | None = None) -> list[str]:
+    """The names of the classes of rows, which are read one by one."""
+    column = label_column or "label"
+    texts = set()
+    for row in rows:
+        value = _label_of(row, column)
         if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
             raise DataError(f'{row.where}: column "{column}" must be a class number or name, not {short(value)}')
         if isinstance(value, int) and value < 0:
             raise DataError(f'{row.where}: class numbers in "{column}" start at 0, but this is {value}')
-    texts = {str(value) for value in values}
+        texts.add(str(value))
     if all(text.isdecimal() for text in texts):  # CSV gives numbers as text
         return [str(number) for number in range(max(map(int, texts)) + 1)]
     return sorted(texts)

@@ -33,7 +33,7 @@ def read_rows(source: str | Path, split: str = "train", limit: int | None = None
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} rows leaves nothing to read from {source}; give 1 or more")
     opened = _open(str(source), split)
-    rows = list(islice(opened if only is None else _with_value(opened, only), limit))
+    rows = list(islice(opened if only is None else with_value(opened, only), limit))
     if not rows and only is not None:
         raise DataError(f"{source} holds no row with {only}; check the column and the value")
     if not rows:
@@ -41,7 +41,8 @@ def read_rows(source: str | Path, split: str = "train", limit: int | None = None
     return rows
 
 
-def _with_value(rows: Iterator[Row], only: str) -> Iterator[Row]:
+def with_value(rows: Iterator[Row], only: str) -> Iterator[Row]:
+    """The rows where a column has a value."""
     column, separator, value = only.partition("=")
     if not separator or not column:
         raise ConfigError(f"only is {only!r}; write COLUMN=VALUE, such as relation=P19")
@@ -61,8 +62,6 @@ def _open(source: str, split: str) -> Iterator[Row]:
         if reader is None:
             raise DataError(f'{source} ends in "{path.suffix}", which is no known format; use {_known_endings()}')
         return _reporting_io_errors(reader, path)
-    if reader is not None or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", source):
-        raise DataError(f"there is no file {source}{_did_you_mean(path)}")
     return _read_named(source, split)
 
 
@@ -96,7 +95,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path} line {number}"
-                yield Row(where, _object(_parse(line, where), where))
+                yield Row(where, json_object(parse_json(line, where), where))
 
 
 def _read_lines(path: Path) -> Iterator[Row]:
@@ -113,12 +112,13 @@ def _read_json(path: Path) -> Iterator[Row]:
     if not text.lstrip().startswith("["):
         yield from _read_jsonl(path)
         return
-    for number, value in enumerate(_parse(text, str(path)), start=1):
+    for number, value in enumerate(parse_json(text, str(path)), start=1):
         where = f"{path} record {number}"
-        yield Row(where, _object(value, where))
+        yield Row(where, json_object(value, where))
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """The value that a text holds; DataError, with its place, where it is not JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -128,7 +128,8 @@ def _parse(text: str, where: str) -> Any:
         raise DataError(f"{where} is JSON nested too deeply to read; each record must be a flat object") from error
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def json_object(value: Any, where: str) -> dict[str, Any]:
+    """`value`, if it is a record."""
     if not isinstance(value, dict):
         raise DataError(f'{where} holds {_kind(value)}, not an object such as {{"input": "…", "target": "…"}}')
     return value
@@ -144,20 +145,29 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
-            header = next(reader, [])
-            if len(set(header)) != len(header):
-                raise DataError(f"{path} line 1 names a column twice ({', '.join(header)}); rename one of them")
+            header = csv_header(next(reader, []), path)
             for fields in reader:
-                where = f"{path} line {reader.line_num}"
-                if fields and len(fields) != len(header):
-                    raise DataError(
-                        f"{where} has {len(fields)} fields but the header names {len(header)} columns "
-                        f"({', '.join(header)}); quote fields that contain the delimiter"
-                    )
                 if fields:
-                    yield Row(where, dict(zip(header, fields, strict=True)))
+                    yield csv_row(fields, header, f"{path} line {reader.line_num}")
         except csv.Error as error:
             raise DataError(f"{path} line {reader.line_num} is not valid CSV: {error}") from error
+
+
+def csv_header(fields: list[str], path: Path) -> list[str]:
+    """The names of a file's columns, each of which may occur once."""
+    if len(set(fields)) != len(fields):
+        raise DataError(f"{path} line 1 names a column twice ({', '.join(fields)}); rename one of them")
+    return fields
+
+
+def csv_row(fields: list[str], header: list[str], where: str) -> Row:
+    """One record, which must have as many fields as there are columns."""
+    if len(fields) != len(header):
+        raise DataError(
+            f"{where} has {len(fields)} fields but the header names {len(header)} columns "
+            f"({', '.join(header)}); quote fields that contain the delimiter"
+        )
+    return Row(where, dict(zip(header, fields, strict=True)))
 
 
 def _read_tsv(path: Path) -> Iterator[Row]:
@@ -194,18 +204,25 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 def _read_named(source: str, split: str) -> Iterator[Row]:
     """A data set of the `datasets` library, from its cache or the hub."""
+    for number, values in enumerate(open_named(source, split), start=1):
+        yield Row(f"{source} {split} row {number}", dict(values))
+
+
+def open_named(source: str, split: str, streaming: bool = False) -> Any:
+    """A named data set as `datasets` opens it; DataError when `source` is no name but a file's, or does not load."""
+    file = Path(source).suffix.lower() in (*READERS, ".gz")
+    if file or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", source):
+        raise DataError(f"there is no file {source}{_did_you_mean(Path(source))}")
     try:
         import datasets  # heavy, and needed for named data sets only
     except ImportError as error:
         raise DataError(f"there is no file {source}, and data set names need: pip install datasets") from error
     name, _, configuration = source.partition(":")
     try:
-        loaded = datasets.load_dataset(name, configuration or None, split=split)
+        return datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
     except Exception as error:  # datasets raises anything from ValueError to requests' own types, all about this name
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise DataError(
             f'"{source}" is neither a file here nor a data set that loads with split "{split}" '
             f"({reason}); check the spelling or give a path"
         ) from error
-    for number, values in enumerate(loaded, start=1):
-        yield Row(f"{source} {split} row {number}", dict(values))

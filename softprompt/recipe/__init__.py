@@ -44,7 +44,11 @@ class Recipe:
     Raises ``ConfigError`` when a value has the wrong type, is out of range, or contradicts another one.
     """
 
-    train: str = _help("training data: a .jsonl, .csv or .parquet file, or the name of a dataset", "")
+    train: str = _help(
+        "training data: a .jsonl, .csv or .parquet file, or the name of a dataset; with streaming also several files, "
+        "'data/*.jsonl', and .gz",
+        "",
+    )
     out: str = _help("folder of the run; new or empty", "")
     model: str = _help("base model: a folder, a hub name, or 'embedded' for the one in this package", EMBEDDED)
     method: str = _help("how the prompt is made; `softprompt methods` lists them", "prefix_tuning")
@@ -76,6 +80,8 @@ class Recipe:
     input_column: str | None = _help("column of the input, when there is no template")
     target_column: str | None = _help("column of the target or label, when there is no template")
     train_limit: int | None = _help("use only the first N training examples")
+    streaming: bool = _help("read the training data while training, however much there is; give steps", False)
+    shuffle_window: int = _help("with streaming: this many rows at a time are read and mixed", 10_000)
     tasks: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "several tasks for one prompt: name → train, eval, template, …"}
     )
@@ -278,6 +284,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "max_new_tokens",
             "train_limit",
             "eval_limit",
+            "shuffle_window",
         ),
         (lambda value: value >= 1, "at least 1"),
     ),
@@ -322,8 +329,10 @@ def _check_combinations(recipe: Recipe) -> None:
     if recipe.template and (recipe.input_column or (recipe.target_column and recipe.task != "CLOZE")):
         raise ConfigError("both a template and input_column/target_column are set; give one of the two")
     from softprompt.recipe.cloze import check_base_rate, check_cloze  # here because these modules build on this one
+    from softprompt.recipe.streaming import check_streaming
     from softprompt.recipe.tasks import check_tasks
 
+    check_streaming(recipe)
     check_cloze(recipe)
     check_base_rate(recipe)
     check_tasks(recipe)

@@ -30,6 +30,7 @@ from softprompt.geometry import Geometry
 from softprompt.recipe import Recipe
 from softprompt.recipe.cloze import slots_of
 from softprompt.train.batches import spread
+from softprompt.train.stream import Stream
 
 EVAL_PAIRS = 400  # held-out pairs scored during training unless the recipe says otherwise; `softprompt eval` takes all
 
@@ -40,7 +41,8 @@ T = TypeVar("T")
 class RunData:
     """``shown`` are held-out examples (training ones if there are no others) for the report's samples.
 
-    ``task_names`` is set where there are several tasks; then every row says which it belongs to.
+    ``task_names`` is set where there are several tasks; then every row says which it belongs to. Where ``stream`` is
+    set, the training rows come from there, and ``train`` has only its first ones.
     """
 
     train: Sequence[Encoded] | Sequence[EncodedLabel] | Sequence[EncodedCloze]
@@ -49,6 +51,12 @@ class RunData:
     label_names: list[str] | None = None
     task_names: list[str] | None = None
     cloze: Cloze | None = None
+    stream: Stream | None = None
+
+    @property
+    def train_examples(self) -> int | None:
+        """How many training rows there are; nobody knows that of a stream."""
+        return len(self.train) if self.stream is None else None
 
     @property
     def cut(self) -> int:
@@ -68,6 +76,8 @@ class RunData:
                 labels = row.labels if isinstance(row, Encoded) else [row.label]
                 task = (row.task,) if isinstance(row, Encoded) and row.task is not None else ()
                 digest.update(repr((row.input_ids, labels, *task)).encode())
+        if self.stream is not None:
+            digest.update(self.stream.identity.encode())
         return digest.hexdigest()
 
 
@@ -171,8 +181,12 @@ class LabelSource(Source):
 
 def read_source(recipe: Recipe) -> Source:
     """Read the files of a recipe, in the form that its task needs."""
+    if recipe.streaming:
+        from softprompt.train.stream_data import StreamSource  # here because that module builds on this one
+
+        return StreamSource.open(recipe)
     if recipe.tasks:
-        from softprompt.train.multitask_data import TaskSource  # here because that module builds on this one
+        from softprompt.train.multitask_data import TaskSource  # likewise
 
         return TaskSource.read(recipe)
     if recipe.task == "CLOZE":
