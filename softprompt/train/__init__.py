@@ -12,16 +12,31 @@ from rich.console import Console
 
 from softprompt.errors import ConfigError
 from softprompt.recipe import Recipe, require_paths
+from softprompt.recipe.defaults import AUTO
 from softprompt.train.build import prompt_config, with_source
 from softprompt.train.distributed import processes
 from softprompt.train.run_folder import RECIPE, RunFolder
 from softprompt.train.run_result import RunResult
+from softprompt.train.sharding import shards
+from softprompt.train.trackers import check_trackers, tracked
 from softprompt.train.trainer import StepHook, Trainer
 
 __all__ = ["RunResult", "StepHook", "Trainer", "train"]
 
 # Settings that may differ between a run and its continuation, because no trained number depends on them.
-FREE_TO_CHANGE = ("out", "save_steps", "samples", "max_new_tokens", "eval_batch_size", "keep_encoder")
+FREE_TO_CHANGE = (
+    "out",
+    "save_steps",
+    "samples",
+    "max_new_tokens",
+    "eval_batch_size",
+    "keep_encoder",
+    "report_to",
+    "device_map",
+    "offload_folder",
+    "max_memory",
+    "shard",
+)
 
 
 def train(
@@ -34,15 +49,21 @@ def train(
     SIGTERM, after saving what ``resume`` needs; ``TrainingError`` when the loss is no longer a number (the best prompt
     so far stays in the folder); ``ConfigError``, ``DataError`` and ``CheckpointError`` for what their names say.
     """
+    given = recipe
     recipe = with_source(recipe).resolved()
     require_paths(recipe)
     prompt_config(recipe)  # a wrong method or option is told before anything is loaded
+    check_trackers(recipe)
     with processes(recipe.device) as team:
+        shards(recipe, team.size)  # what contradicts it is told too
         folder, state = team.on_main(lambda: _opened(recipe, resume))
         folder.writes = team.main
-        console = console or Console(stderr=True)
-        trainer = Trainer.load(recipe, folder, state, console if team.main else Console(quiet=True), team)
-        return trainer.run(on_step)
+        console = (console or Console(stderr=True)) if team.main else Console(quiet=True)
+        if given.method == AUTO:
+            console.print(f"method: {recipe.method}, the best known for {recipe.task}", highlight=False)
+        trainer = Trainer.load(recipe, folder, state, console, team)
+        with tracked(trainer, on_step) as hook:
+            return trainer.run(hook)
 
 
 def _opened(recipe: Recipe, resume: bool) -> tuple[RunFolder, dict[str, Any] | None]:

@@ -11,8 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from softprompt.elsewhere import all_words
 from softprompt.model import SoftPromptModel
 from softprompt.recipe import Recipe
 from softprompt.report import write_report
@@ -36,7 +35,8 @@ def finish(trainer: Trainer, result: RunResult) -> None:
     with _kept_prompt(trainer.model, folder.path):
         folder.write_json(SAMPLES, _samples(trainer))
         folder.write_json(SUMMARY, _summary(trainer, result))
-    write_report(folder.path)
+    if folder.writes:
+        write_report(folder.path)
 
 
 @contextmanager
@@ -72,9 +72,7 @@ def _compares(trainer: Trainer) -> bool:
 
 def _summary(trainer: Trainer, result: RunResult) -> dict[str, Any]:
     model, recipe = trainer.model, trainer.recipe
-    vectors = model.prompt_vectors()
-    words = model.get_base_model().get_input_embeddings().weight
-    assert isinstance(words, torch.Tensor)
+    vectors, base = model.prompt_vectors(), model.get_base_model()
     return {
         "method": recipe.method,
         "base_name": recipe.model,
@@ -85,7 +83,7 @@ def _summary(trainer: Trainer, result: RunResult) -> dict[str, Any]:
         "best": result.best,
         "classifies": not _compares(trainer),
         "label_names": trainer.data.label_names,
-        "train_examples": len(trainer.data.train),
+        "train_examples": trainer.data.train_examples,
         "eval_examples": len(trainer.data.held_out),
         "trainable_parameters": result.trainable_parameters,
         "base_parameters": result.base_parameters,
@@ -95,7 +93,7 @@ def _summary(trainer: Trainer, result: RunResult) -> dict[str, Any]:
         "processes": result.processes,
         "tokens": trainer.progress.tokens,
         "tokens_per_s": round(trainer.progress.tokens / max(result.seconds, 1e-9), 1),
-        "nearest": None if vectors is None else nearest_tokens(vectors.cpu(), words.cpu(), trainer.tokenizer),
+        "nearest": None if vectors is None else nearest_tokens(vectors.cpu(), all_words(base), trainer.tokenizer),
         "norms": _norms(model) if vectors is None else None,
         "command": generate_command(recipe),
         "versions": _versions(),

@@ -16,6 +16,7 @@ from softprompt.cloze import Cloze
 from softprompt.data import IGNORED, Example, LabelledExample, collate, encode_labels
 from softprompt.data.cloze import ClozeExample, as_text
 from softprompt.data.examples import without_slots as bare_example
+from softprompt.elsewhere import place_of
 from softprompt.evaluate import (
     evaluate_accuracy,
     evaluate_cloze,
@@ -73,7 +74,7 @@ def own_loss(model: SoftPromptModel, batch: Mapping[str, Tensor]) -> tuple[Tenso
 
 
 def _on(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
+    device = place_of(model)
     return {name: value.to(device) for name, value in batch.items()}
 
 
@@ -218,5 +219,5 @@ def merged(parts: Sequence[Mapping[str, float]], weighs: str) -> dict[str, float
 
 def quietly(model: nn.Module) -> Any:
     """A context in which no random numbers are drawn that training would draw."""
-    device = next(model.parameters()).device
+    device = place_of(model)
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

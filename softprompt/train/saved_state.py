@@ -66,11 +66,7 @@ def _restore_process(trainer: Trainer, stored: list[dict[str, Any]]) -> None:
     """What each process has of its own: random numbers and its place in a stream."""
     team = trainer.team
     if len(stored) != team.size:
-        if any(each["batches"] for each in stored):
-            raise ConfigError(
-                f"the run in {trainer.folder.path} read its stream by {len(stored)} processes, now there are "
-                f"{team.size}; resume with {len(stored)}"
-            )
+        trainer.batches.restore(stored[0]["batches"])
         trainer.console.print(
             f"{team.size} processes go on with what {len(stored)} began: the same rows, but other random numbers",
             highlight=False,

@@ -12,8 +12,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from softprompt.elsewhere import place_of, sharded
 from softprompt.errors import ConfigError, RunInterrupted, TrainingError
-from softprompt.loading import load_base, load_tokenizer
+from softprompt.loading import Dispatch, load_base, load_tokenizer
 from softprompt.model import SoftPromptModel
 from softprompt.recipe import Recipe
 from softprompt.train.batches import Batches, BatchOrder, InMemory, batches_per_epoch, rate_factor
@@ -28,6 +29,9 @@ from softprompt.train.run_data import RunData, context_length, read_source, row_
 from softprompt.train.run_folder import VERBALIZER, RunFolder
 from softprompt.train.run_result import Progress, RunResult
 from softprompt.train.saved_state import APART, restore, state_of
+from softprompt.train.sharding import shard_base, shards
+from softprompt.train.start import START, choose_start, kept_draw
+from softprompt.train.stream import Streamed
 from softprompt.train.tuned_base import save_base, tune_base
 
 StepHook = Callable[[dict[str, Any]], None]
@@ -63,7 +67,7 @@ class Trainer:
         self.total = total_steps(recipe, len(data.train))
         quarter = max(1, math.ceil(self.total / 4))
         self.eval_every = recipe.eval_steps or min(self.batches.per_epoch or quarter, quarter)
-        self.device = next(iter(self.trainable.values())).device
+        self.device = place_of(model)
 
     @classmethod
     def load(
@@ -81,20 +85,28 @@ class Trainer:
         teachers = teacher_prompts(recipe, folder, console, team)  # their runs come first
         torch.manual_seed(recipe.seed)  # a classification head is drawn while loading
         cloze = recipe.task == "CLOZE"
-        base = load_base(recipe.model, tokenizer, source.label_names, recipe.dtype, team.device(recipe.device), cloze)
-        model = build_prompt(recipe, base, tokenizer, source.texts(), state is None, source.examples())
+        shared, device, place = shards(recipe, team.size), team.device(recipe.device), Dispatch.of(recipe)
+        first = "cpu" if shared else device
+        base = load_base(recipe.model, tokenizer, source.label_names, recipe.dtype, first, cloze, place)
+        draw = kept_draw(folder, state)
+        model = build_prompt(recipe, base, tokenizer, source.texts(), state is None, source.examples(), draw)
+        if shared:
+            shard_base(model, device)
         context = context_length(model.geometry, tokenizer)
         data = source.encode(recipe, tokenizer, context, base)
         loss = own_loss if teachers is None else Distillation.of(base, teachers, recipe)
         if data.cut:
             console.print(f"{data.cut} of {len(data.train)} training rows were cut to fit", highlight=False)
         objective = objective_of(recipe, data, tokenizer, row_length(recipe, context), model, loss)
+        start = choose_start(recipe, model, tokenizer, source, data, objective, console) if state is None else None
         if recipe.base_learning_rate is not None:
             tune_base(model, folder.path)
         trainer = cls(recipe, folder, model, tokenizer, data, console, objective, team)
         folder.begin(recipe)
         if data.cloze is not None:
             folder.write_json(VERBALIZER, data.cloze.to_dict())
+        if start is not None:
+            folder.write_json(START, start)
         trainer.agree()
         if state is not None:
             restore(trainer, state)
@@ -128,7 +140,7 @@ class Trainer:
                     on_step(row)
             self._stop_if(stop)
         result = self.result()
-        if self.team.main:
+        if self.team.main or sharded(self.model.get_base_model()):  # then all have to take part
             finish(self, result)
         self.team.wait()
         return result
@@ -233,7 +245,8 @@ class Trainer:
     def _evaluate(self, bare: bool = False) -> dict[str, float]:
         """Held-out scores of the model as it is. Draws no random numbers that training would draw."""
         rows, weighs = self.data.held_out, self.objective.weighs
-        apart = weighs is not None and not self.team.alone and len(rows) >= self.team.size
+        one = self.team.alone or sharded(self.model.get_base_model())  # which all have to call alike
+        apart = weighs is not None and not one and len(rows) >= self.team.size
         own = self.team.share(rows) if apart else rows
         with quietly(self.model):
             scores = self.objective.evaluate(self.model, own, self.recipe.eval_batch_size, bare)
@@ -291,6 +304,8 @@ def total_steps(recipe: Recipe, examples: int) -> int:
 
 def _batches(recipe: Recipe, data: RunData, team: Team) -> Batches:
     size = _given(recipe.batch_size)
+    if data.stream is not None:
+        return Streamed(data.stream, size, recipe.shuffle_window, recipe.seed, recipe.group_by_length, team)
     if data.task_names is None:
         return InMemory(data.train, BatchOrder(data.lengths, size, recipe.seed, recipe.group_by_length), team)
     tasks = [row.task for row in data.train]  # type: ignore[union-attr, misc]
