@@ -1,4 +1,4 @@
-"""The command line: `softprompt train | generate | eval | show | convert | compare | methods`.
+"""The command line: `softprompt train | sweep | generate | eval | show | convert | compare | methods`.
 
 Whatever a user can cause ends with one line on stderr that names the cause and the remedy, and exit status 2; an
 interrupt ends with 130. Any other exception is a bug, and shows its traceback.
@@ -22,6 +22,7 @@ from softprompt.cli.flags import (
     split_given,
     with_parameters,
 )
+from softprompt.cli.sweep import sweep_parameters
 from softprompt.errors import ConfigError, RunInterrupted, SoftPromptError
 
 app = typer.Typer(
@@ -156,6 +157,18 @@ def train(
     settings = build_recipe(recipe, resume, given)
     result = run(settings, resume=resume)
     print_result(Console(), result)
+
+
+@app.command()
+@with_parameters([*sweep_parameters(), *recipe_parameters(), *method_parameters()])
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="Recipe in YAML with a `sweep` block; flags win over the rest of it.")],
+    **given: Any,
+) -> None:
+    """Train a prompt for each of many settings, and compare them: a table and a page in --out."""
+    from softprompt.cli.sweep import sweep as run
+
+    run(recipe, given)
 
 
 def build_recipe(path: str | None, resume: bool, given: dict[str, Any]) -> Any:

@@ -17,9 +17,14 @@ RECIPE_OPTIONS = "method_options"  # the one mapping of a recipe whose members a
 
 def recipe_parameters() -> list[inspect.Parameter]:
     """One optional flag per field of a recipe that is not a mapping; None means that it was not given."""
-    hints = typing.get_type_hints(Recipe)
-    fields = [field for field in dataclasses.fields(Recipe) if typing.get_origin(hints[field.name]) is not dict]
-    return [_parameter(field.name, hints[field.name], field.metadata.get("help", ""), "Recipe") for field in fields]
+    return dataclass_parameters(Recipe, "Recipe")
+
+
+def dataclass_parameters(settings: type[Any], panel: str) -> list[inspect.Parameter]:
+    """One optional flag per field of a dataclass that is not a mapping, under a heading of the help."""
+    hints = typing.get_type_hints(settings)
+    fields = [field for field in dataclasses.fields(settings) if typing.get_origin(hints[field.name]) is not dict]
+    return [_parameter(field.name, hints[field.name], field.metadata.get("help", ""), panel) for field in fields]
 
 
 def method_parameters() -> list[inspect.Parameter]:

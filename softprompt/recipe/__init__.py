@@ -31,6 +31,7 @@ ANSWER_LOSSES = ("labels", "vocabulary")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16", "float16")
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # as transformers names them
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -133,6 +134,9 @@ class Recipe:
     samples: int = _help("held-out inputs that the report answers with and without the prompt", 6)
     max_new_tokens: int = _help("length of those answers, in tokens", 64)
     keep_encoder: bool = _help("also keep the prompt's encoder beside the adapter", False)
+    report_to: list[str] | None = field(
+        default=None, metadata={"help": "send the metrics to trackers too: tensorboard, wandb, mlflow"}
+    )
     dtype: str = _help("number format of the frozen model", "float32")
     device: str = _help("cpu, cuda, cuda:1, …; 'auto' takes a GPU when there is one", "auto")
 
@@ -151,6 +155,8 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Any], where: str = "the recipe") -> Recipe:
         """Build from plain values; an unknown key is a ``ConfigError`` that names the closest known one."""
         known = {f.name for f in dataclasses.fields(cls)}
+        if "sweep" in values:
+            raise ConfigError(f"{where} has a `sweep` block, which is many runs; start it by `softprompt sweep`")
         for key in values:
             if key not in known:
                 raise ConfigError(f"{where} has an unknown setting {key!r}{did_you_mean(str(key), known)}")
@@ -233,6 +239,10 @@ def checked(name: str, value: Any, kind: Any) -> Any:
     if typing.get_origin(wanted) is dict:
         if isinstance(value, Mapping) and (name == "verbalizer" or all(isinstance(key, str) for key in value)):
             return dict(value)
+    elif typing.get_origin(wanted) is list:
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
+            return list(items)
     elif wanted is float:
         number = _as_float(value)
         if number is not None:
@@ -242,7 +252,8 @@ def checked(name: str, value: Any, kind: Any) -> Any:
     elif wanted is str and isinstance(value, Path):
         return str(value)
     words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
-    expected = words.get(getattr(wanted, "__name__", ""), "a mapping of names to values")
+    words |= {"list": "a list of names", "dict": "a mapping of names to values"}
+    expected = words.get(getattr(wanted, "__name__", ""), str(wanted))
     raise ConfigError(f"{name} is {value!r}; it must be {expected}")
 
 
@@ -270,6 +281,9 @@ def _check_choices(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if value is not None and value not in allowed:
             raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    for name in recipe.report_to or ():
+        if name not in TRACKERS:
+            raise ConfigError(f"report_to names {name!r}; it must be one of {', '.join(TRACKERS)}")
 
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, for a report that needs neither a plotting library nor a second file.
+"""Line and scatter charts as inline SVG, for a report that needs neither a plotting library nor a second file.
 
 Colours come from CSS classes, so a chart follows the page's light or dark theme. All text is escaped.
 """
@@ -6,7 +6,7 @@ Colours come from CSS classes, so a chart follows the page's light or dark theme
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 480, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 34
 MOST_POINTS = 300
+GROUPS = 6  # colours of dots: the CSS classes g0 to g5
 
 Point = tuple[float, float]
 
@@ -42,6 +43,44 @@ def line_chart(series: Sequence[Series], label: str) -> Markup:
     parts = [_grid(frame, x_ticks, y_ticks), *(_line(frame, line) for line in shown)]
     opening = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, label)
     return opening + Markup("").join(parts) + Markup("</svg>")
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One result: ``deviation`` is the half length of the bar through it, ``group`` (from 0) its colour."""
+
+    x: float
+    y: float
+    deviation: float
+    group: int
+    name: str
+
+
+def scatter_chart(dots: Sequence[Dot], label: str) -> Markup:
+    """Dots over a logarithmic x axis, for costs. Empty markup when there is nothing finite to draw."""
+    shown = [dot for dot in dots if dot.x > 0 and all(map(math.isfinite, (dot.x, dot.y, dot.deviation)))]
+    if not shown:
+        return Markup("")
+    xs = [math.log10(dot.x) for dot in shown]
+    low, high = min(xs) - 0.08, max(xs) + 0.08
+    x_ticks = [math.log10(value) for value in log_ticks(10**low, 10**high)]
+    y_ticks = ticks(min(dot.y - dot.deviation for dot in shown), max(dot.y + dot.deviation for dot in shown))
+    frame = _Frame(low, high, y_ticks[0], y_ticks[-1])
+    parts = [_grid(frame, x_ticks, y_ticks, _power), *(_dot(frame, dot) for dot in shown)]
+    opening = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, label)
+    return opening + Markup("").join(parts) + Markup("</svg>")
+
+
+def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """At most about ``count`` round numbers between two positive ones, for a logarithmic axis."""
+    found: list[float] = []
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        found = [float(factor * 10.0**power) for power in decades for factor in factors]
+        found = [value for value in found if low <= value <= high]
+        if len(found) <= count:
+            return found
+    return found[:: math.ceil(len(found) / count)]
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
@@ -87,7 +126,23 @@ class _Frame:
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
 
-def _grid(frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> Markup:
+def _short(value: float) -> Markup:
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
+        return escape(f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e"))
+    return escape(f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.6g}")
+
+
+def _power(value: float) -> Markup:
+    """The number whose logarithm stands at ``value``."""
+    return _short(float(f"{10**value:.3g}"))
+
+
+def _grid(
+    frame: _Frame,
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    x_label: Callable[[float], Markup] = _short,
+) -> Markup:
     parts = []
     for value in y_ticks:
         _, y = frame.place((frame.left, value))
@@ -99,7 +154,7 @@ def _grid(frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> 
     for value in x_ticks:
         x, _ = frame.place((value, frame.bottom))
         parts.append(Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-            x, HEIGHT - BOTTOM + 20, _short(value)))  # fmt: skip
+            x, HEIGHT - BOTTOM + 20, x_label(value)))  # fmt: skip
     return Markup("").join(parts)
 
 
@@ -117,7 +172,16 @@ def _line(frame: _Frame, line: Series) -> Markup:
     return drawn + Markup("").join(dots)
 
 
-def _short(value: float) -> Markup:
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return escape(f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e"))
-    return escape(f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.6g}")
+def _dot(frame: _Frame, dot: Dot) -> Markup:
+    place = math.log10(dot.x)
+    x, y = frame.place((place, dot.y))
+    _, above = frame.place((place, dot.y + dot.deviation))
+    _, below = frame.place((place, dot.y - dot.deviation))
+    colour = f"g{dot.group % GROUPS}"
+    drawn = Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="4.5"><title>{}</title></circle>').format(
+        colour, x, y, dot.name
+    )
+    if not dot.deviation:
+        return drawn
+    bar = Markup('<line class="bar {}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>')
+    return bar.format(colour, x, x, below, above) + drawn

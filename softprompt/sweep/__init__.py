@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from softprompt.errors import ConfigError
 
 SAMPLERS = ("grid", "tpe", "random")
-METRICS = {"loss": "minimize", "accuracy": "maximize", "p_at_1": "maximize"}
+Direction = Literal["minimize", "maximize"]
+METRICS: dict[str, Direction] = {"loss": "minimize", "accuracy": "maximize", "p_at_1": "maximize"}
 NAMES = {"loss": "held-out loss", "accuracy": "held-out accuracy", "p_at_1": "held-out P@1"}
 
 
@@ -34,10 +36,10 @@ class SweepOptions:
     )
 
     def __post_init__(self) -> None:
-        for name, most in (("trials", None), ("jobs", 256)):
+        for name in ("trials", "jobs"):
             value = getattr(self, name)
-            if value is not None and (value < 1 or (most is not None and value > most)):
-                raise ConfigError(f"{name} is {value}; it must be at least 1" + (f", at most {most}" if most else ""))
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
         for name, known in (("sampler", SAMPLERS), ("metric", METRICS)):
             value = getattr(self, name)
             if value is not None and value not in known:

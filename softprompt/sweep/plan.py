@@ -9,7 +9,7 @@ from typing import Any
 
 from softprompt.errors import ConfigError
 from softprompt.recipe import Recipe
-from softprompt.sweep import METRICS, SweepOptions
+from softprompt.sweep import METRICS, Direction, SweepOptions
 from softprompt.sweep.space import OPTION, Settings, Space
 
 TRIALS = 20  # of a space that has no end, unless it is said
@@ -49,16 +49,18 @@ class Plan:
         out = given.get("out") or values.get("out")
         if not out:
             raise ConfigError("the sweep has no folder; give it with `out: DIR` or --out DIR")
-        sampler = options.sampler or ("grid" if space.finite else "tpe")
-        settings = sum(1 for _ in space.grid()) if sampler == "grid" or space.finite else None
-        trials = options.trials or (settings if sampler == "grid" else None) or TRIALS
-        trials = min(trials, settings or trials)
+        ranges = space.ranges()
+        sampler = options.sampler or ("tpe" if ranges else "grid")
+        if sampler == "grid" and ranges:
+            raise ConfigError(f"sweep: {ranges[0]} is a range, which has no grid; list its values, or use tpe")
+        trials = options.trials or (space.size() if sampler == "grid" else TRIALS)
+        trials = trials if ranges else min(trials, space.size())
         plan = cls(Path(out), base, space, options.metric or _metric(recipe), sampler, trials, options.prune)
         plan.check()
         return plan
 
     @property
-    def direction(self) -> str:
+    def direction(self) -> Direction:
         return METRICS[self.metric]
 
     def recipe(self, settings: Settings, seed: int, out: str) -> Recipe:
@@ -83,7 +85,7 @@ class Plan:
         return {"metric": self.metric, "sweep": self.space.plain(), "recipe": base}
 
 
-def merged(values: Mapping[str, Any], changes: Settings) -> dict[str, Any]:
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe values with others over them; steps put epochs aside and the other way round."""
     options = {name.removeprefix(OPTION): value for name, value in changes.items() if name.startswith(OPTION)}
     plain = {name: value for name, value in changes.items() if not name.startswith(OPTION)}

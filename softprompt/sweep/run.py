@@ -16,6 +16,7 @@ from softprompt.sweep.results import write_results
 from softprompt.sweep.study import ATTEMPTS, check_folder, locked, open_study
 from softprompt.sweep.worker import work
 
+PRELOAD = ["softprompt.sweep.worker", "softprompt.train", "optuna"]
 INTERRUPTED = 130  # exit status of a worker that was asked to stop
 
 
@@ -67,7 +68,7 @@ def _round(plan: Plan, jobs: int) -> list[int]:
     from softprompt.train.progress import StopRequest
 
     context = multiprocessing.get_context("forkserver")  # imports once; nothing of this process is copied
-    context.set_forkserver_preload(["softprompt.sweep.worker", "softprompt.train"])
+    context.set_forkserver_preload(PRELOAD)
     workers: list[BaseProcess] = [context.Process(target=_worker, args=(plan, n, jobs)) for n in range(jobs)]
     with StopRequest() as stop:
         for worker in workers:
@@ -89,6 +90,7 @@ def _worker(plan: Plan, number: int, jobs: int) -> None:
     import torch
     from transformers.utils import logging
 
+    os.setsid()  # Ctrl-C reaches the command alone, which passes it on: a second signal would stop a run unsaved
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if torch.cuda.is_available():

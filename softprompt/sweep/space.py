@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -130,18 +131,20 @@ class Space:
         chosen = {"method"} if self.methods else set()
         return chosen <= set(params) and set(params) == chosen | set(self.names(method))
 
-    @property
-    def finite(self) -> bool:
-        domains = [*self.common.values(), *(domain for own in self.methods.values() for domain in own.values())]
-        return all(isinstance(domain, Choices) for domain in domains)
+    def ranges(self) -> list[str]:
+        """The names of what is a range, and so has no grid."""
+        methods = self.methods or [None]
+        return [n for method in methods for n, (_, each) in self.names(method).items() if isinstance(each, Range)]
+
+    def size(self) -> int:
+        """How many settings the grid has; there must be no range."""
+        methods = self.methods or [None]
+        return sum(math.prod(len(each.some()) for _, each in self.names(method).values()) for method in methods)
 
     def grid(self) -> Iterator[dict[str, Any]]:
-        """The parameters of every setting, in the order of the recipe. ``ConfigError`` if there is a range."""
+        """The parameters of every setting, in the order of the recipe."""
         for method in self.methods or [None]:
             names = self.names(method)
-            for name, (_, domain) in names.items():
-                if not isinstance(domain, Choices):
-                    raise ConfigError(f"sweep: {name} is a range, which has no grid; list its values, or use tpe")
             chosen = {} if method is None else {"method": method}
             for values in itertools.product(*(domain.some() for _, domain in names.values())):
                 yield chosen | dict(zip(names, values, strict=True))

@@ -111,7 +111,7 @@ class Trackers:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Pass on one row of the metrics."""
-        self._state.epoch = row.get("epoch")
+        self._state.epoch = row.get("epoch", 0.0)
         logs = {NAMES.get(name, name): value for name, value in row.items() if name != "step"}
         self._all("on_log", row["step"], logs=logs)
 
@@ -138,18 +138,16 @@ class Trackers:
 
 
 def _callback(name: str, out: Path, step: int) -> Any:
-    from transformers import integrations
+    from transformers.integrations.integration_utils import MLflowCallback, TensorBoardCallback, WandbCallback
 
-    if name == "wandb":
-        return integrations.WandbCallback()
-    if name == "mlflow":
-        return integrations.MLflowCallback()
+    if name != "tensorboard":
+        return WandbCallback() if name == "wandb" else MLflowCallback()
     if os.environ.get("TENSORBOARD_LOGGING_DIR"):
-        return integrations.TensorBoardCallback()
+        return TensorBoardCallback()
     from torch.utils.tensorboard import SummaryWriter
 
     # a resumed run goes on in the same folder: what the killed one had told after its saved state is dropped
-    return integrations.TensorBoardCallback(SummaryWriter(str(out / EVENTS), purge_step=step + 1 if step else None))
+    return TensorBoardCallback(SummaryWriter(str(out / EVENTS), purge_step=step + 1 if step else None))
 
 
 @contextmanager
