@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from rich.console import Console
 
 from softprompt.sweep import SweepOptions
 from softprompt.sweep.plan import Plan
+from softprompt.sweep.presence import Presence
+from softprompt.sweep.study import locked, open_study, take
 from softprompt.sweep.worker import work
 
 BLOCK: dict[str, Any] = {"num_virtual_tokens": [2, 4], "learning_rate": [0.05, 0.4], "seed": [0, 1]}
@@ -53,6 +56,19 @@ def plan(workplace: Path, out: Path, *, options: dict[str, Any] | None = None, *
 
 def results(out: Path) -> dict[str, Any]:
     return json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+
+
+def take_all(sweep: Plan, start: Barrier) -> None:
+    """What a worker process does, with nothing to train; all begin at once."""
+    study = open_study(sweep)
+    with Presence(sweep.folder) as presence:
+        start.wait()
+        while True:
+            with locked(sweep.folder):
+                trial = take(sweep, study, presence)
+            if trial is None:
+                return
+            study.tell(trial, 1.0)
 
 
 def work_quietly(sweep: Plan) -> None:

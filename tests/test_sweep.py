@@ -17,12 +17,13 @@ import pytest
 import yaml
 from cli_kit import Shell
 from rich.console import Console
-from sweep_kit import make_workplace, plan, results, values, work_quietly
+from sweep_kit import make_workplace, plan, results, take_all, values, work_quietly
 
 from softprompt.errors import ConfigError, RunInterrupted, TrainingError
 from softprompt.sweep import SweepOptions
 from softprompt.sweep.plan import Plan
 from softprompt.sweep.run import PRELOAD, run_sweep
+from softprompt.sweep.study import open_study
 
 pytest.importorskip("optuna")
 
@@ -82,14 +83,36 @@ def _journal(out: Path) -> list[str]:
     return (out / "sweep.journal").read_text(encoding="utf-8").splitlines()
 
 
+@pytest.mark.parametrize("sampler", ["grid", "random"])
+def test_four_processes_at_once_never_take_the_same(workplace: Path, tmp_path: Path, sampler: str) -> None:
+    block = {"num_virtual_tokens": [1, 2, 3, 4], "learning_rate": [0.1, 0.2, 0.3, 0.4]}
+    sweep = plan(workplace, tmp_path / "sweep", sweep=block, options={"sampler": sampler, "trials": 12})
+    start = context().Barrier(4)
+    workers = [context().Process(target=take_all, args=(sweep, start)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    done = [t for t in open_study(sweep).trials if "same_as" not in t.user_attrs]
+    assert [trial.state.name for trial in done] == ["COMPLETE"] * 12
+    assert len({json.dumps(trial.params, sort_keys=True) for trial in done}) == 12
+    assert len({trial.user_attrs["worker"] for trial in done}) > 1
+
+
+def context() -> Any:
+    """Processes that are forked from one that has imported everything."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(PRELOAD)
+    return found
+
+
 def test_a_killed_worker_loses_nothing(workplace: Path, tmp_path: Path) -> None:
     """SIGKILL in the second setting: the first is kept, the second resumed, and both end as they would have."""
     longer = {"sweep": {"steps": [2, 90]}, "save_steps": 5, "eval_steps": 45}
     killed, whole = plan(workplace, tmp_path / "killed", **longer), plan(workplace, tmp_path / "whole", **longer)
     run = killed.folder / "runs" / "0001-seed0"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    worker = context.Process(target=work_quietly, args=(killed,))
+    worker = context().Process(target=work_quietly, args=(killed,))
     worker.start()
     while len(rows_of(run)) < 14:
         assert worker.is_alive()

@@ -177,6 +177,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(
     assert capsys.readouterr().out == "mlflow is told no more: gone\n"
 
 
+@pytest.mark.filterwarnings("ignore")  # of MLflow's own database
 def test_mlflow_has_every_row(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -199,4 +200,8 @@ def test_wandb_offline_has_every_row(workplace: Path, tmp_path: Path, monkeypatc
     for name in ("one", "two"):
         train(recipe(workplace, tmp_path / name, "wandb"), console=QUIET)
         assert wandb.run is None
-    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    files = [path.read_bytes() for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert len(files) == 2
+    for written in files:  # in their own format, in which names are plain text
+        assert written.count(b"train/learning_rate") >= 4 and written.count(b"eval/loss") >= 3
+        assert b"num_virtual_tokens" in written

@@ -15,9 +15,6 @@ from softprompt.sweep.space import OPTION, Settings, Space
 TRIALS = 20  # of a space that has no end, unless it is said
 EITHER = (("steps", "epochs"), ("epochs", "steps"))
 
-# No trained number depends on these, so they may differ between the commands that work on one sweep.
-FREE_TO_CHANGE = ("save_steps", "samples", "max_new_tokens", "eval_batch_size", "keep_encoder", "report_to", "device")
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -80,7 +77,9 @@ class Plan:
             Recipe(seed=seed)
 
     def definition(self) -> dict[str, Any]:
-        """What all commands that work on one sweep must agree on."""
+        """What all commands that work on one sweep must agree on: whatever a trained number depends on."""
+        from softprompt.train import FREE_TO_CHANGE
+
         base = {name: value for name, value in self.base.items() if name not in FREE_TO_CHANGE}
         return {"metric": self.metric, "sweep": self.space.plain(), "recipe": base}
 
