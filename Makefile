@@ -32,7 +32,7 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(PIP) -c constraints.txt -e '.[data,dev]'
+	$(PIP) -c constraints.txt -e '.[data,dev,loops]'
 	@touch $@
 
 setup: $(VENV)/.dev
