@@ -24,11 +24,26 @@ def check_count(adapter_names: Any, inputs: dict[str, Any]) -> None:
 
 
 def packed(inputs: dict[str, Any]) -> bool:
-    """Whether a row holds several sequences (positions that start again, and no mask)."""
+    """Whether a row holds several sequences (positions that start again, and no mask).
+
+    Positions of three dimensions are those of images, and stand still within one.
+    """
     positions = inputs.get("position_ids")
-    if positions is None or inputs.get("attention_mask") is not None:
+    if positions is None or positions.ndim != 2 or inputs.get("attention_mask") is not None:
         return False
-    return bool((positions[..., 1:] <= positions[..., :-1]).any())
+    return bool((positions[:, 1:] <= positions[:, :-1]).any())
+
+
+def apart(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a forward pass with no cache where a row holds several sequences.
+
+    transformers keeps them apart only where there is none, and makes one by default: then each would see the earlier.
+    """
+    if inputs.get("position_ids") is None or inputs.get("past_key_values") is not None:
+        return inputs
+    if torch.compiler.is_compiling() or not packed(inputs):
+        return inputs
+    return {**inputs, "use_cache": False}
 
 
 def with_mask(inputs: dict[str, Any], always: bool = False) -> dict[str, Any]:

@@ -14,16 +14,18 @@ from transformers.utils.hub import PushToHubMixin
 from softprompt import checkpoint
 from softprompt.batch import run_for
 from softprompt.batch.find import placement_of
-from softprompt.config import EmbeddingConfig, Placement, PromptConfig
+from softprompt.config import PromptConfig
 from softprompt.errors import ConfigError
 from softprompt.fitting import fitted, method_of
 from softprompt.fold_cache import FoldCache
 from softprompt.heads import Heads, with_default_heads
 from softprompt.inputs import check_count, labels_tokens
+from softprompt.loops import InLoops
 from softprompt.probe import find_door, word_table
 from softprompt.prompt import KV, EmbeddingPrompt, SoftPrompt, evaluating
 from softprompt.running import Run
 from softprompt.running.drafting import drafting
+from softprompt.running.token_scores import token_scores
 from softprompt.stacking import freeze, unwrapped
 from softprompt.state import leave_base_out
 from softprompt.status import ModelStatus, model_status
@@ -40,7 +42,7 @@ def get_peft_model(
     return SoftPromptModel(model, peft_config, adapter_name)
 
 
-class SoftPromptModel(PushToHubMixin, nn.Module):
+class SoftPromptModel(PushToHubMixin, InLoops):
     """A frozen base model with one or more named prompts, one of them active.
 
     Outputs cover real tokens only (logits `[B, T, V]`); real tokens stand at positions p, p+1, … counted from the
@@ -208,6 +210,12 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         adapter_names: Sequence[str] | None = None,
         task_ids: Tensor | None = None,
         slots: Tensor | None = None,
+        per_token: bool = False,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        input_type_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the base model's `forward`; `position_ids` and `past_key_values` count real tokens only.
@@ -218,20 +226,25 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         is a template, says which virtual token (0…p−1) stands in a column instead of its id; −1 is an ordinary token.
         The loss of a language model also counts a row's first real token (predicted by the last virtual token of an
         embedding method) where its label is not −100. With a label for every token no cache is returned.
+        `per_token`: the labels' log-probabilities (`TokenScores`) and no logits, as TRL asks for them. Inputs that are
+        named here are columns of a data set that transformers' Trainer keeps.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
                  "labels": labels, "position_ids": position_ids, "token_type_ids": token_type_ids,
-                 "past_key_values": past_key_values}  # fmt: skip
+                 "past_key_values": past_key_values, "start_positions": start_positions,
+                 "end_positions": end_positions, "decoder_input_ids": decoder_input_ids, "pixel_values": pixel_values,
+                 "input_type_mask": input_type_mask}  # fmt: skip
         inputs = {name: value for name, value in given.items() if value is not None} | kwargs
         as_tuple = not (self.base_model.config.return_dict if return_dict is None else return_dict)
         inputs["return_dict"] = True
+        run, names = None, adapter_names if self._enabled else None
         if self._enabled:
-            check_count(adapter_names, inputs)
-            run = run_for(self, adapter_names, task_ids, slots, labels_tokens(inputs))
-            with self.heads.for_rows(adapter_names):
-                output = self.base_model(**inputs) if run is None else run.forward(inputs)
-        else:
-            output = self.base_model(**inputs)
+            check_count(names, inputs)
+            run = run_for(self, names, task_ids, slots, labels_tokens(inputs))
+        with self.heads.for_rows(names):
+            if per_token:
+                return token_scores(self.base_model, run, inputs)
+            output = self.base_model(**inputs) if run is None else run.forward(inputs)
         return output.to_tuple() if as_tuple else output
 
     @torch.no_grad()
@@ -291,7 +304,8 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         The encoder is dropped, as the papers do; `keep_encoder` writes it to a file of its own that PEFT ignores, so
         that training can go on with `from_pretrained(…, is_trainable=True)`.
         """
-        known = {"safe_serialization", "save_embedding_layers", "state_dict", "push_to_hub", "token", "repo_id"}
+        known = {"safe_serialization", "save_embedding_layers", "state_dict", "push_to_hub", "token", "repo_id",
+                 "save_function"}  # fmt: skip
         for name in sorted(set(unused) - known):
             raise ConfigError(f"save_pretrained has no option {name!r}.")
         if unused.get("safe_serialization") is False:
@@ -304,14 +318,7 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
             tensors = {**saved, **self.heads.state(name)}
             kept = {key: value.detach().cpu() for key, value in encoder.state_dict().items()} if keep_encoder else None
             if is_main_process:
-                config = replace(self.peft_config[name].as_saved(), auto_mapping=self._auto_mapping(name))
-                checkpoint.save_adapter(folder, config, tensors, kept)
-
-    def _auto_mapping(self, name: str) -> dict[str, str] | None:
-        if self.peft_config[name].task_type is not None:
-            return None
-        kind = type(self.base_model)
-        return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+                checkpoint.save_adapter(folder, self.saved_config(name), tensors, kept)
 
     @classmethod
     def from_pretrained(
@@ -359,13 +366,6 @@ class SoftPromptModel(PushToHubMixin, nn.Module):
         """Numbers of trainable and of all parameters."""
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-
-    @property
-    def loss_type(self) -> str | None:
-        """The base model's; None where a virtual token predicts a row's first, so that Trainer counts its label too."""
-        front = placement_of(self.active_peft_config) is Placement.FRONT
-        first = front and isinstance(self.active_peft_config, EmbeddingConfig) and self.geometry.causal
-        return None if first else getattr(self.base_model, "loss_type", None)
 
     @property
     def enabled(self) -> bool:

@@ -68,7 +68,7 @@ def probe(door: Door) -> Geometry:
     attending = len(first.modules) + len(first.sharing)
     foldable = causal and not base._is_stateful and attending >= _number_of_layers(base)
     reasons = {"no_prefix": _no_prefix(base, first, causal), "no_vectors": _no_vectors(base, ids)}
-    divides = foldable and _divides_loss(base, ids)
+    divides = causal and _divides_loss(base, ids)
     geometry = _geometry(door, first, causal=causal, foldable=foldable, divides_loss=divides, **reasons)
     _check_positions(door, geometry)
     return geometry
@@ -90,7 +90,8 @@ def _probe_encoder_decoder(door: AttentionDoor) -> Geometry:
             "it; encoder-decoders such as t5, bart, mbart, pegasus and blenderbot do."
         )
     door.bind(*([found.modules[number] for number in part] for part in parts))
-    geometry = _geometry(door, found, causal=False, foldable=False, encoder_decoder=True)
+    divides = _divides_loss(base, ids)
+    geometry = _geometry(door, found, causal=False, foldable=False, encoder_decoder=True, divides_loss=divides)
     shapes = geometry.layers
     return replace(
         geometry,
@@ -145,16 +146,26 @@ def _no_vectors(base: PreTrainedModel, ids: Tensor) -> str:
 
 
 def _divides_loss(base: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether a language model's loss is what transformers' Trainer asks for; a loss of its own may be anything."""
+    """Whether a language model's loss is what transformers' Trainer asks for; a loss of its own may be anything.
+
+    What else it adds, as a mixture of experts does, is the same whatever the labels are divided by.
+    """
     if base.get_output_embeddings() is None:
         return False
-    try:
-        with evaluating(base):
-            output = base(input_ids=ids, labels=ids, num_items_in_batch=2, use_cache=False, return_dict=True)
-    except TypeError:
-        return False
-    expected = cross_entropy(output.logits[0, :1].float(), ids[0, 1:]) / 2
-    return bool((output.loss - expected).abs() <= 1e-3 * expected.abs())
+    shift = 0 if base.config.is_encoder_decoder else 1  # what stands for a token predicts it there, not the next one
+    first: Tensor | None = None
+    for items in (4, 8):
+        try:
+            with evaluating(base):
+                output = base(input_ids=ids, labels=ids, num_items_in_batch=items, use_cache=False, return_dict=True)
+        except TypeError:
+            return False
+        total = cross_entropy(output.logits[0, : 2 - shift].float(), ids[0, shift:], reduction="sum")
+        beyond = output.loss - total / 4 if first is None else first - output.loss - total / 8
+        if bool(beyond.abs() <= 1e-3 * total):
+            return True
+        first = output.loss
+    return False
 
 
 def _check_positions(door: Door, geometry: Geometry) -> None:

@@ -182,7 +182,8 @@ def test_the_state_is_prompts_and_heads(family: str, method: str) -> None:
     model = make(family, method, task="SEQ_CLS" if family == "bert" else None)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     heads = ["heads.copies.default.classifier.weight", "heads.copies.default.classifier.bias"]
-    assert list(state) == ["prompt_encoder.default.embedding.weight", *(heads if family == "bert" else [])]
+    names = ["_extra_state", "prompt_encoder.default.embedding.weight"]  # the first: the configs
+    assert list(state) == names + (heads if family == "bert" else [])
     other = make(family, method, task="SEQ_CLS" if family == "bert" else None)
     train(other, 1)
     other.load_state_dict(state)  # strictly

@@ -118,7 +118,7 @@ def test_the_state_of_a_training_run_has_the_lora_too(family: str) -> None:
     state = model.state_dict()
     trains = {id(each) for each in model.parameters() if each.requires_grad}
     named = {name for name, each in model.state_dict(keep_vars=True).items() if id(each) in trains}
-    assert named == set(state) and any("lora_A" in name for name in state)
+    assert named == set(state) - {"_extra_state"} and any("lora_A" in name for name in state)
     assert again.load_state_dict(copy.deepcopy(state)) == ([], [])
     batch = conformance.collate(cell, conformance.rows(cell), "right")
     assert torch.equal(again(**batch).logits, model(**batch).logits)

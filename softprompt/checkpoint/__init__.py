@@ -27,6 +27,7 @@ from softprompt.checkpoint.guard import (
     read_tensors,
 )
 from softprompt.checkpoint.promise import Promise, encoder_shapes, promise_of, read_promise
+from softprompt.checkpoint.training_state import STATE_NAME, read_training_state
 from softprompt.config import KVConfig, PromptConfig
 from softprompt.errors import CheckpointError
 from softprompt.geometry import Geometry
@@ -105,11 +106,23 @@ def load_adapter(
 ) -> SavedAdapter:
     """Read an adapter from a folder, else from the hub. Raises CheckpointError; nothing in it is ever run.
 
-    `subfolder`: where a named adapter lies in the folder of several. The rest is for the hub alone.
+    A folder may also be the checkpoint of a training loop (transformers' Trainer, Accelerate) with a prompted model's
+    state. `subfolder`: where a named adapter lies in the folder of several. The rest is for the hub alone.
     """
     find = locate(path_or_hub_id, subfolder, revision, cache_dir, token, local_files_only)
-    saved = read_adapter(find, path_or_hub_id)
+    saved = _of_a_loop(Path(path_or_hub_id), find) or read_adapter(find, path_or_hub_id)
     return replace(saved, config=deepcopy(saved.config))  # nobody's changes to its lists reach another adapter's
+
+
+def _of_a_loop(folder: Path, find: Find) -> SavedAdapter | None:
+    """The adapter in a training loop's own checkpoint, if `folder` is one: it has the state and no config file."""
+    if not folder.is_dir() or find(CONFIG_NAME) is not None:
+        return None
+    path = find(STATE_NAME)
+    found = None if path is None else read_training_state(path)
+    if path is None or found is None:
+        return None
+    return SavedAdapter(*found, source=str(path.parent))
 
 
 def read_adapter(

@@ -101,10 +101,10 @@ def read_tensors(
         check_layouts(path, found, shapes, heads)
 
     if path.suffix == ".safetensors":
-        with _damage(path):
+        with damage(path):
             tensors = read_file(path, check, mapped, lambda size: _check_size(path, size, limit))
     else:
-        with _damage(path):
+        with damage(path):
             _check_size(path, path.stat().st_size, limit)
         tensors = _read_bin(path, check)
     return check_finite(path, tensors)
@@ -119,13 +119,13 @@ def read_any_tensors(path: Path, check: Callable[[dict[str, Layout]], None]) -> 
 
     if path.suffix == ".bin":
         return check_finite(path, _read_bin(path, check_all))
-    with _damage(path):
+    with damage(path):
         return check_finite(path, read_file(path, check_all))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The text metadata of a `.safetensors` file. Raises CheckpointError."""
-    with _damage(path):
+    with damage(path):
         return read_text(path)
 
 
@@ -184,7 +184,7 @@ def check_finite(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _read_bin(path: Path, check: Callable[[dict[str, Layout]], None]) -> dict[str, Tensor]:
     """A file of `torch.save`, without running anything in it."""
     size = path.stat().st_size
-    with _damage(path):
+    with damage(path):
         _check_stored(path, size)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
@@ -207,11 +207,11 @@ def _check_stored(path: Path, size: int) -> None:
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Whatever a parser of foreign bytes throws becomes one CheckpointError."""
+def damage(path: Path, *meant: type[Exception]) -> Iterator[None]:
+    """Whatever a parser of foreign bytes throws, but what is `meant`, becomes one CheckpointError."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, *meant):
         raise
     except Exception as error:  # the parsers raise a dozen types, from KeyError to UnpicklingError, on damaged bytes
         if isinstance(error, pickle.UnpicklingError):

@@ -26,6 +26,7 @@ from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.fold import Folded, fold, fold_and_predict
 from softprompt.geometry import Geometry
 from softprompt.inputs import (
+    apart,
     beyond_text,
     cached,
     check_written,
@@ -98,6 +99,7 @@ class Run:
 
     def forward(self, inputs: dict[str, Any]) -> Any:
         """The model's output over real tokens, on keyword inputs that were given."""
+        inputs = apart(inputs)
         direct = self.folds and self.geometry.causal and not labels_tokens(inputs)
         if "logits_to_keep" in inputs and not direct:  # columns of the rows as they were given, and all for the loss
             rest = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
@@ -113,6 +115,11 @@ class Run:
             return self._forward_folded(inputs)
         if beyond_text(inputs):
             raise self._no_media()
+        if self.geometry.causal and self.slots is None and packed(inputs):
+            raise ConfigError(
+                f"this prompt stands inside the rows of {type(self.base).__name__}, so only the first of several "
+                "sequences in a row (position_ids that start again) would see it; give each a row of its own."
+            )
         if not self.geometry.causal or labels_tokens(inputs):
             return self._forward_rows(inputs)
         return self._forward_open_rows(inputs)
@@ -120,17 +127,21 @@ class Run:
     def _forward_folded(self, inputs: dict[str, Any]) -> Any:
         """The rows stay as they were given: all of the prompt reaches them as keys and values."""
         words = self.base.get_output_embeddings() is not None
-        if not words or not labels_tokens(inputs) or packed(inputs):
+        if not words or not labels_tokens(inputs):
             return self.door.call(self.as_kv(), inputs)
-        folded = fold_and_predict(self.door, self.prompt) if isinstance(self.prompt, Embeddings) else self.prompt
-        folded = folded if isinstance(folded, Folded) else Folded(self.as_kv())
+        folded = self.predicting()
         divides = self.geometry.divides_loss and folded.logits is not None
         rest, first = without_first(inputs, folded, divides)
         output = self.door.call(folded.kv, rest)
-        if folded.logits is None:  # nothing predicts the first token, and padding before it does not either
+        if folded.logits is None:  # nothing predicts the first token, and neither does what stands before it
             return output
-        logits = spread(folded.logits, folded.kv.rows, len(first))
-        return with_first_loss(output, self.base, logits, first, rest, divides)
+        logits = first.of(spread(folded.logits, folded.kv.rows, len(inputs["labels"])))
+        return with_first_loss(output, self.base, logits, first.labels, rest, divides)
+
+    def predicting(self) -> Folded:
+        """The whole prompt as keys and values, with what it predicts for the first token of a row, if anything."""
+        folded = fold_and_predict(self.door, self.prompt) if isinstance(self.prompt, Embeddings) else self.prompt
+        return folded if isinstance(folded, Folded) else Folded(self.as_kv())
 
     def _no_media(self) -> UnsupportedError:
         return UnsupportedError(
@@ -173,7 +184,8 @@ class Run:
         assert prompt is not None
         if cached(inputs):
             return self.door.call(self.kv, self._behind(inputs, prompt))
-        inputs = with_mask(with_pooling_mask(inputs, self.base, self.slots), always=True)
+        if not packed(inputs):  # (several sequences with slots of their own are told apart by having no mask)
+            inputs = with_mask(with_pooling_mask(inputs, self.base, self.slots), always=True)
         inputs, placement = self._placed(inputs, prompt, "left")
         return placement.restore(self.door.call(self.kv, inputs))
 

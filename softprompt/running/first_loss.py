@@ -4,6 +4,7 @@ The virtual tokens see no row, so neither does what the last of them predicts. I
 rows as they are; nothing of the prompt has to stand in them.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +13,47 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from softprompt.fold import Folded
+from softprompt.inputs import packed
 from softprompt.prompt import spread
 
 IGNORED = -100
+
+
+@dataclass(frozen=True)
+class First:
+    """The tokens that virtual tokens predict: `labels` `[M]`, −100 where one does not count, and their `columns` `[M]`.
+
+    `rows` `[M]` is None where each row has one, in order; a row of several sequences has one for each of them.
+    """
+
+    labels: Tensor
+    columns: Tensor
+    rows: Tensor | None = None
+
+    def of(self, values: Tensor) -> Tensor:
+        """What belongs to each of them, of `values` `[B, …]` that belong to the rows."""
+        return values if self.rows is None else values[self.rows]
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each."""
+        rows = torch.arange(len(self.columns), device=self.columns.device) if self.rows is None else self.rows
+        return rows, self.columns
+
+
+def first_tokens(inputs: dict[str, Any]) -> First:
+    """The first token of each row, or of each sequence where a row holds several (its positions start again).
+
+    Where one begins is transformers' rule for what a token may see: wherever a position is not the one before plus 1.
+    """
+    labels = inputs["labels"]
+    if not packed(inputs):
+        columns = first_columns(labels, inputs.get("attention_mask"))
+        return First(labels.gather(1, columns)[:, 0], columns[:, 0])
+    positions, begins = inputs["position_ids"], torch.ones_like(labels, dtype=torch.bool)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    rows, columns = begins.nonzero(as_tuple=True)
+    return First(labels[rows, columns], columns, rows)
 
 
 def first_columns(labels: Tensor, mask: Any) -> Tensor:
@@ -24,29 +63,27 @@ def first_columns(labels: Tensor, mask: Any) -> Tensor:
     return labels.new_zeros(labels.shape[0], 1)
 
 
-def without_first(inputs: dict[str, Any], folded: Folded, divides: bool) -> tuple[dict[str, Any], Tensor]:
-    """The inputs whose loss leaves the first real token of each row out, and the labels `[B]` of those tokens.
+def without_first(inputs: dict[str, Any], folded: Folded, divides: bool) -> tuple[dict[str, Any], First]:
+    """The inputs whose loss leaves the first real token of each sequence out, and those tokens.
 
     A row whose prompt predicts nothing has none. A model that `divides` its loss as it is told is told all labels, so
     that its loss and the first tokens' add up.
     """
-    labels = inputs["labels"]
-    columns = first_columns(labels, inputs.get("attention_mask"))
-    first = labels.gather(1, columns)[:, 0]
+    labels, first = inputs["labels"], first_tokens(inputs)
     if folded.predicts is not None:
-        predicts = spread(torch.tensor(folded.predicts, device=labels.device), folded.kv.rows, len(first))
-        first = first.masked_fill(~predicts, IGNORED)
-    rest = labels.scatter(1, columns, IGNORED)
+        predicts = spread(torch.tensor(folded.predicts, device=labels.device), folded.kv.rows, len(labels))
+        first = replace(first, labels=first.labels.masked_fill(~first.of(predicts), IGNORED))
+    rest = labels.index_put(first.places, labels.new_tensor(IGNORED))
     changed = {**inputs, "labels": rest}
     if divides and inputs.get("num_items_in_batch") is None:
-        changed["num_items_in_batch"] = rest.ne(IGNORED).sum() + first.ne(IGNORED).sum()
+        changed["num_items_in_batch"] = rest.ne(IGNORED).sum() + first.labels.ne(IGNORED).sum()
     return changed, first
 
 
 def with_first_loss(
     output: Any, base: PreTrainedModel, logits: Tensor, first: Tensor, rest: dict[str, Any], divides: bool
 ) -> Any:
-    """The output with the loss of the labels `first` `[B]` added, which `logits` `[B, V]` predict.
+    """The output with the loss of the labels `first` `[M]` added, which `logits` `[M, V]` predict.
 
     `rest` are the inputs of the output. A mean that the model has taken by itself becomes the mean over all labels.
     """
