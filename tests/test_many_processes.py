@@ -110,6 +110,22 @@ def test_the_same_losses_and_the_same_prompt(
         assert not list((tmp_path / name).rglob("*.tmp"))
 
 
+def test_a_sharded_base_and_a_stream(workplace: Path, tmp_path: Path, alone: dict[str, Path]) -> None:  # noqa: F811
+    """Each process holds a part of every weight and gets only its own rows of the file."""
+    runs = {name: run.replace(shard=True) for name, run in cases(workplace, tmp_path).items() if name != "context"}
+    order = {"steps": 6, "batch_size": 8, "shuffle_window": 16, "learning_rate": 0.02, "group_by_length": False}
+    streamed = [recipe(workplace, tmp_path / name, streaming=True, **order) for name in ("by two", "by one")]
+    assert together(2, [*runs.values(), streamed[0]]) == [0, 0]
+    for name in runs:
+        for expected, row in zip(rows_of(alone[name]), rows_of(tmp_path / name), strict=True):
+            assert row == pytest.approx(expected, rel=1e-4, abs=1e-5), (name, row["step"])
+        one, other = (json.loads((place / "samples.json").read_text()) for place in (alone[name], tmp_path / name))
+        assert one == other
+    train(streamed[1])
+    for expected, row in zip(rows_of(tmp_path / "by one"), rows_of(tmp_path / "by two"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
 def test_stopped_and_resumed_to_the_same_bits(workplace: Path, tmp_path: Path) -> None:  # noqa: F811
     """With dropout in the base and in the prompt, which every process draws for itself."""
     options = {"method": "p_tuning", "steps": 12, "method_options": {"encoder_reparameterization_type": "LSTM"}}
