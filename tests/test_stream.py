@@ -319,13 +319,14 @@ def test_a_streamed_run_that_is_stopped_goes_on_to_the_same_bits(workplace: Path
     assert "on a stream of examples" in (whole.folder / "report.html").read_text()
 
 
-def test_a_streamed_run_knows_its_data(workplace: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("change", [("cat 3", "dog 3"), ("\n", "\n\n")], ids=["other words", "another size"])
+def test_a_streamed_run_knows_its_data(workplace: Path, tmp_path: Path, change: tuple[str, str]) -> None:  # noqa: F811
     data = tmp_path / "train.jsonl"
     data.write_bytes((workplace / "train.jsonl").read_bytes())
     settings = streamed(workplace, tmp_path / "run", train=str(data), init="examples")
     with pytest.raises(RunInterrupted):
         train(settings, on_step=StopAfter(2))
-    data.write_text(data.read_text().replace("cat 3", "dog 3"))
+    data.write_text(data.read_text().replace(*change))
     with pytest.raises(ConfigError, match="has changed since it was saved"):
         train(settings, resume=True)
 
