@@ -1,7 +1,7 @@
-"""Fill the generated parts of README.md: result tables, goals, the table of methods, the file tree.
+"""Fill the generated parts of README.md and docs/scaling.md: result tables, goals, methods, the file tree.
 
-    python scripts/fill_readme.py            write README.md
-    python scripts/fill_readme.py --check    exit 1, naming the part, where README.md is out of date
+    python scripts/fill_readme.py            write the pages
+    python scripts/fill_readme.py --check    exit 1, naming the part, where a page is out of date
 
 A part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. ``results:e2e`` is benchmarks/results/e2e.md;
 ``goals`` says which goals for speed and memory the numbers in benchmarks/results/speed_*.json meet;
@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/scaling.md")
 PART = re.compile(r"<!-- (?P<name>[a-z][\w:-]*) -->\n(?P<body>.*?)<!-- /(?P=name) -->", re.DOTALL)
 FOLDERS = {
     "softprompt": "the package",
@@ -95,7 +96,7 @@ def part(name: str) -> str:
     kind, _, argument = name.partition(":")
     makers = {"results": lambda: results(argument), "goals": goals, "methods": methods, "tree": tree}
     if kind not in makers:
-        raise SystemExit(f"README.md has a part {name!r}, but only {', '.join(makers)} are known")
+        raise SystemExit(f"a page has a part {name!r}, but only {', '.join(makers)} are known")
     return makers[kind]()
 
 
@@ -113,16 +114,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a part is out of date")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if arguments.check:
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
         old = stale(text)
+        if old and arguments.check:
+            raise SystemExit(f"{page} is out of date in: {', '.join(old)}; run python scripts/fill_readme.py")
         if old:
-            raise SystemExit(f"README.md is out of date in: {', '.join(old)}; run python scripts/fill_readme.py")
-        return
-    temporary = readme.with_name(".README.md.tmp")
-    temporary.write_text(filled(text), encoding="utf-8")
-    os.replace(temporary, readme)
+            temporary = (ROOT / page).with_name(".filled.tmp")
+            temporary.write_text(filled(text), encoding="utf-8")
+            os.replace(temporary, ROOT / page)
 
 
 if __name__ == "__main__":
