@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_many_processes import Stop, together
 from test_shards import files_of, named, saved  # noqa: F401  (named is a fixture)
 from test_train import StopAfter, recipe, rows_of, workplace, write_rows  # noqa: F401  (workplace is a fixture)
 
@@ -339,3 +340,20 @@ def test_several_references_are_several_examples_and_all_come(tmp_path: Path) ->
     batches = Streamed(stream, 4, 4, 0, True, Team())
     targets = Counter(example.targets[0] for step in range(9) for example in batches.rows(step))
     assert targets == Counter(2 * [f"{letter}{number}" for letter in "ab" for number in range(9)])
+
+
+def test_processes_that_read_files_of_their_own_go_on_to_the_same_bits(workplace: Path, tmp_path: Path) -> None:  # noqa: F811
+    lines = (workplace / "train.jsonl").read_text().splitlines(keepends=True)
+    for number in range(2):
+        (tmp_path / f"part{number}.jsonl").write_text("".join(lines[number::2]))
+    whole, stopped = (
+        streamed(workplace, tmp_path / name, train=str(tmp_path / "part*.jsonl")) for name in ("whole", "stopped")
+    )
+    assert together(2, [whole]) == [0, 0]
+    assert together(2, [stopped], on_step=Stop(1, 5)) == [1, 1]  # RunInterrupted
+    assert together(2, [stopped], resume=True) == [0, 0]
+    assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
+    ends = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "stopped")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    with pytest.raises(ConfigError, match="2 processes have read this run's data, each its own files, and 1 cannot"):
+        train(stopped, resume=True)
