@@ -207,7 +207,8 @@ def build(setting: Setting, bench: Bench, seed: int) -> Trained:
         return Trained(base, [p for p in base.parameters() if id(p) not in inside], classifier)
     base.requires_grad_(False)
     if setting.kind == "head":
-        return Trained(base, [], [parameter.requires_grad_() for parameter in classifier])
+        base.get_submodule("classifier").requires_grad_(True)
+        return Trained(base, [], classifier)
     torch.manual_seed(seed)
     model = _lora(base, bench) if setting.kind == "lora" else _prompted(base, setting, bench, seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -141,7 +141,8 @@ class Bench:
     def size(self) -> int:
         """Parameters of the base model, without a classifier of ours."""
         base = self.base(0)
-        return (base.base_model if self.task.kind == "SEQ_CLS" else base).num_parameters()
+        body: Any = base.base_model if self.task.kind == "SEQ_CLS" else base
+        return body.num_parameters()
 
     @cached_property
     def objective(self) -> Objective:
@@ -163,7 +164,8 @@ class Bench:
         if "p_at_1" in self.task.measures and "p_at_1" not in scores:
             scores["p_at_1"] = first_answers(model, rows, EVAL_BATCH)
         if self.task.answers:
-            asked: list[Any] = [replace(example, input=text + example.input) for example in self.test.shown]
+            shown: Sequence[Any] = self.test.shown
+            asked = [replace(example, input=text + example.input) for example in shown]
             writer = writer or model
             texts = generate_texts(writer, self.tokenizer, asked, self.task.new_tokens, batch_size=EVAL_BATCH)
             scores |= score_answers(texts, [example.targets for example in asked])
@@ -199,7 +201,8 @@ class Bench:
             texts = [example.input.removesuffix(border).strip() for example in asked]
             return {"test": self._rounded(score_answers(texts, [example.targets for example in asked]))}
         if kind == "probe":
-            return {"test": {"accuracy": round(probe_accuracy(self, seed, steps), 4)}}
+            accuracy = round(probe_accuracy(self, seed, steps), 4)
+            return {"test": {"accuracy": accuracy}, "parameters": self.base(0).config.hidden_size + 1}
         text = self.context_text(seed) if kind == "context" else ""
         return {"test": self.on_test(self.base(seed), text=text), "context": len(self._ids(text))}
 

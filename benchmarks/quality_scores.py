@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quality_bench import Bench
 
 
-def rank(scores: dict[str, float]) -> tuple[float, float]:
+def rank(scores: Mapping[str, float]) -> tuple[float, float]:
     """Higher is better, as `softprompt train` keeps steps: accuracy where there is one, then a lower loss."""
     return (scores.get("accuracy", 0.0), -scores["loss"])
 
