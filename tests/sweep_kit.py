@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def take_all(sweep: Plan, start: Barrier) -> None:
                 trial = take(sweep, study, presence)
             if trial is None:
                 return
+            time.sleep(0.1)  # the others' turn
             study.tell(trial, 1.0)
 
 

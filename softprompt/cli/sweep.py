@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from softprompt.cli.flags import dataclass_parameters, split_given
 from softprompt.sweep import NAMES, SweepOptions
@@ -34,11 +34,13 @@ def sweep(path: str, given: dict[str, Any]) -> None:
 
 def print_sweep(console: Console, results: dict[str, Any], folder: str) -> None:
     """The table, where everything is, and what to type next."""
-    from softprompt.sweep.results import cells, header
+    from softprompt.sweep.results import cells, values_of
 
-    table = Table(*header(results), title=f"{NAMES[results['metric']]}, the best setting first")
+    values = Column("values", overflow="fold")
+    table = Table("setting", NAMES[results["metric"]], "parameters", "seconds", values, title="the best setting first")
     for row in results["settings"]:
-        table.add_row(*(escape(cell) for cell in cells(results, row)))
+        score, parameters, seconds, _ = cells(results, row)[-4:]
+        table.add_row(row["setting"], score, parameters, seconds, escape(values_of(row)))
     console.print(table)
     for row in results["settings"]:
         if row["reason"]:

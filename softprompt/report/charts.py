@@ -71,7 +71,7 @@ def scatter_chart(dots: Sequence[Dot], label: str) -> Markup:
     return opening + Markup("").join(parts) + Markup("</svg>")
 
 
-def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
+def log_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """At most about ``count`` round numbers between two positive ones, for a logarithmic axis."""
     found: list[float] = []
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

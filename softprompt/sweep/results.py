@@ -83,10 +83,13 @@ def line_of(results: Results, setting: str) -> str:
     row = next((row for row in results["settings"] if row["setting"] == setting), None)
     if row is None:
         return f"{setting}: given to another worker"
-    values = ", ".join(f"{name}={_plain(value)}" for name, value in row["values"].items())
     outcome = f"{results['metric']} {quality(row)}" if row["mean"] is not None else f"{row['state']}: {row['reason']}"
     done = sum(each["state"] != "running" for each in results["settings"])
-    return f"{setting} ({done} of {results['trials']})  {values}  {outcome}"
+    return f"{setting} ({done} of {results['trials']})  {values_of(row)}  {outcome}"
+
+
+def values_of(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={_plain(value)}" for name, value in row["values"].items())
 
 
 def quality(row: dict[str, Any]) -> str:
@@ -158,7 +161,7 @@ def page(results: Results) -> str:
 
 
 def charts(results: Results) -> list[dict[str, Any]]:
-    """Every finished setting as a dot, over each of the costs."""
+    """Every finished setting as a dot, over each of the costs in which they differ."""
     from softprompt.report.charts import Dot, scatter_chart
 
     methods = _methods(results)
@@ -180,6 +183,8 @@ def charts(results: Results) -> list[dict[str, Any]]:
             )
             for row in finished
         ]
+        if len(dots) > 1 and len({dot.x for dot in dots}) == 1:
+            continue
         title = f"{NAMES[results['metric']].capitalize()} by {words}"
         drawn.append({"title": title, "picture": scatter_chart(dots, title)})
     return [chart for chart in drawn if chart["picture"]]
@@ -194,8 +199,7 @@ def _method(results: Results, row: dict[str, Any]) -> str:
 
 
 def _tip(results: Results, row: dict[str, Any]) -> str:
-    values = ", ".join(f"{name} {_plain(value)}" for name, value in row["values"].items())
-    return f"{row['setting']}: {results['metric']} {quality(row)} ({values or 'as in the recipe'})"
+    return f"{row['setting']}: {results['metric']} {quality(row)} ({values_of(row) or 'as in the recipe'})"
 
 
 def _plain(value: Any) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -119,9 +120,8 @@ class Trackers:
         """Close the trackers; what they have been told is written or sent by then."""
         self._all("on_train_end", self._state.global_step)
         if self._finish_wandb and "wandb" in self.callbacks:
-            import wandb  # pyright: ignore[reportMissingImports]
-
-            wandb.finish()  # transformers leaves it open, and the next run of this process would go on with it
+            # transformers leaves it open, and the next run of this process would go on with it
+            import_module("wandb").finish()
 
     def _all(self, event: str, step: int, **more: Any) -> None:
         for name in list(self.callbacks):
@@ -166,6 +166,4 @@ def _reason(error: Exception) -> str:
 
 def _wandb_is_free() -> bool:
     """Whether no run of Weights & Biases is under way that the user has begun."""
-    import wandb  # pyright: ignore[reportMissingImports]
-
-    return wandb.run is None
+    return import_module("wandb").run is None
