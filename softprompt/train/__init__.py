@@ -59,9 +59,9 @@ def train(
         folder, state = team.on_main(lambda: _opened(recipe, resume))
         folder.writes = team.main
         console = (console or Console(stderr=True)) if team.main else Console(quiet=True)
+        trainer = Trainer.load(recipe, folder, state, console, team)
         if given.method == AUTO:
             console.print(f"method: {recipe.method}, the best known for {recipe.task}", highlight=False)
-        trainer = Trainer.load(recipe, folder, state, console, team)
         with tracked(trainer, on_step) as hook:
             return trainer.run(hook)
 
