@@ -51,6 +51,7 @@ from softprompt.model import (
     get_peft_model,
 )
 from softprompt.prompt import KV, Embeddings, SoftPrompt
+from softprompt.start import initialize_from_examples
 from softprompt.store import PromptStore
 from softprompt.template import Template
 from softprompt.together.compare import compare_prompts, initialize_from_prompt
@@ -118,6 +119,7 @@ __all__ = [
     "fold_task",
     "get_peft_config",
     "get_peft_model",
+    "initialize_from_examples",
     "initialize_from_prompt",
     "initialize_from_text",
     "initialize_kv_prefix_from_past_key_values",

@@ -124,10 +124,17 @@ class PromptConfig:
         """This config as `adapter_config.json` holds it."""
         return replace(self, inference_mode=True)
 
-    def with_examples(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Self:
+    @property
+    def started(self) -> bool:
+        """Whether the config says what the prompt starts from, which then no text of the user's may replace."""
+        return False
+
+    def with_examples(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], instruction: Sequence[int] = ()
+    ) -> Self:
         """This config with what its method takes from a few training rows, each token ids and labels (−100: no answer).
 
-        Most methods take nothing.
+        `instruction` are the token ids of what stands before them. Most methods take nothing.
         """
         return self
 

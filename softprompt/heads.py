@@ -4,7 +4,6 @@ The active adapter's copies stand in the base model in place of its own modules;
 its own back. Nothing is wrapped, so the base model's module names never change.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt.config import PromptConfig, TaskType
+from softprompt.elsewhere import copied
 from softprompt.errors import CheckpointError, ConfigError
 from softprompt.stacking import trained_by_peft
 
@@ -57,7 +57,7 @@ class Heads(nn.Module):
         found = nn.ModuleDict()
         for path in self.paths(config):
             original = self.__dict__["originals"].setdefault(path, base.get_submodule(path))
-            found[path.replace(".", "/")] = copy.deepcopy(original)
+            found[path.replace(".", "/")] = _in_float32(copied(original))
         self.copies[adapter] = found
 
     def paths(self, config: PromptConfig) -> list[str]:
@@ -168,6 +168,20 @@ class Heads(nn.Module):
             for path, module in self._of(adapter).items()
             for name, tensor in module.state_dict(keep_vars=True).items()
         }
+
+
+def _in_float32(head: nn.Module) -> nn.Module:
+    """A head to be trained: of a half-precision model in float32, where small steps are not lost; it takes any type."""
+    halves = (torch.bfloat16, torch.float16)
+    if any(parameter.dtype in halves for parameter in head.parameters()):
+        head.float().register_forward_pre_hook(_as_its_own)
+    return head
+
+
+def _as_its_own(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a head is called with, in the head's own type."""
+    own = next(head.parameters()).dtype
+    return tuple(each.to(own) if isinstance(each, Tensor) and each.is_floating_point() else each for each in inputs)
 
 
 def default_heads(config: PromptConfig) -> list[str]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from softprompt.config import KVConfig
+from softprompt.elsewhere import embed_words, place_of
 from softprompt.errors import ConfigError
 from softprompt.model import SoftPromptModel
-from softprompt.probe import record, word_table
+from softprompt.probe import record
 from softprompt.prompt import KV, EmbeddingPrompt, KVPrompt, evaluating
 
 
@@ -104,22 +105,23 @@ def initialize_kv_prefix_from_text(
 
 
 @torch.no_grad()
-def initialize_from_text(model: SoftPromptModel, tokenizer: Any, text: str, adapter_name: str | None = None) -> None:
+def initialize_from_text(model: SoftPromptModel, tokenizer: Any, text: str, adapter_name: str | None = None) -> float:
     """Start any prompt from the first tokens of a text: keys and values, or word embeddings, whichever it is made of.
 
-    An encoder (FFN, MLP, LSTM) is fitted so that it puts out just that. ConfigError if the text has too few tokens.
+    An encoder (FFN, MLP, LSTM) is fitted so that it puts out just that. Returns how far it is from it, relative to its
+    size: 0, up to rounding, unless there are more tokens than hidden units. ConfigError if the text has too few tokens.
     """
     encoder = model.encoder(adapter_name)
     ids = _text_ids(tokenizer, text, use_chat_template=False)
     if isinstance(encoder, KVPrompt):
-        kv = _kv_of_ids(model, ids, _kv_config(encoder), encoder.config.num_virtual_tokens)
-        encoder.start_from(kv.flat().float())
-        return
-    assert isinstance(encoder, EmbeddingPrompt)
-    count = encoder.embedding.num_embeddings
-    _check_enough(ids, count)
-    embed, device = model.base_model.get_input_embeddings(), word_table(model.base_model).device
-    encoder.start_from(embed(torch.tensor(ids[:count], device=device)).float())
+        target = _kv_of_ids(model, ids, _kv_config(encoder), encoder.config.num_virtual_tokens).flat().float()
+    else:
+        assert isinstance(encoder, EmbeddingPrompt)
+        count = encoder.embedding.num_embeddings
+        _check_enough(ids, count)
+        target = embed_words(model.base_model.get_input_embeddings(), ids[:count]).float()
+    encoder.start_from(target)
+    return float((encoder.saved_vectors() - target).norm() / target.norm().clamp(min=1e-30))
 
 
 def _kv_encoder(model: SoftPromptModel, adapter_name: str | None) -> KVPrompt:
@@ -156,11 +158,12 @@ def _check_enough(ids: list[int], count: int) -> None:
 def _kv_of_ids(model: SoftPromptModel, ids: list[int], config: KVConfig, count: int) -> KV:
     """The base model's keys and values of the first `count` tokens, in the attentions that a prefix reaches."""
     _check_enough(ids, count)
-    inputs: dict[str, Tensor] = {"input_ids": torch.tensor([ids[:count]], device=model.base_model.device)}
+    device = place_of(model.base_model)
+    inputs: dict[str, Tensor] = {"input_ids": torch.tensor([ids[:count]], device=device)}
     if model.geometry.encoder_decoder:  # both stacks read the text
         inputs["decoder_input_ids"] = inputs["input_ids"]
     elif model.door.takes_positions:
-        inputs["position_ids"] = torch.arange(count, device=model.base_model.device)[None] + model.door.position_offset
+        inputs["position_ids"] = torch.arange(count, device=device)[None] + model.door.position_offset
     with evaluating(model.base_model):
         recording, _ = record(model.door, inputs)
     if not model.geometry.encoder_decoder:

@@ -156,7 +156,8 @@ def train(
         given["verbalizer"] = {label: list(words) for label, words in Verbalizer.parse(verbalizer).words.items()}
     settings = build_recipe(recipe, resume, given)
     result = run(settings, resume=resume)
-    print_result(Console(), result)
+    if result.rank == 0:
+        print_result(Console(), result)
 
 
 @app.command()
@@ -174,6 +175,7 @@ def sweep(
 def build_recipe(path: str | None, resume: bool, given: dict[str, Any]) -> Any:
     """The recipe file (of the run itself, to resume without one) with the given flags over it."""
     from softprompt.recipe import Recipe, read_yaml
+    from softprompt.recipe.auto import method_of
     from softprompt.train.run_folder import RECIPE
 
     settings, options = split_given(given)
@@ -191,7 +193,7 @@ def build_recipe(path: str | None, resume: bool, given: dict[str, Any]) -> Any:
     recipe = Recipe.from_dict(
         {**values, **settings, RECIPE_OPTIONS: {**stored, **options}}, where=path or "the command"
     )
-    check_options(recipe.method, options)
+    check_options(method_of(recipe), options)
     return recipe
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig, TaskType
+from softprompt.elsewhere import embed_words
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.geometry import Geometry
 from softprompt.prompt import Context, EmbeddingPrompt, Embeddings, need_count
@@ -67,12 +68,28 @@ class CPTConfig(EmbeddingConfig):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ConfigError(f"{name}={value!r}; it is a number from 0 up.")
 
-    def with_examples(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Self:
-        """With a context made of as many of the rows as `num_virtual_tokens` holds, unless it has one already."""
-        given = any(self.cpt_token_ids or []) or set(self.cpt_tokens_type_mask or []) != {1}
-        if given or not rows:
+    @property
+    def started(self) -> bool:
+        """Whether there is a context already."""
+        return any(self.cpt_token_ids or []) or set(self.cpt_tokens_type_mask or []) != {1}
+
+    def with_examples(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], instruction: Sequence[int] = ()
+    ) -> Self:
+        """With a context made of as many of the rows as `num_virtual_tokens` holds, unless it has one already.
+
+        The instruction stands before them, as a template does. ConfigError where it leaves them no room.
+        """
+        if self.started or not rows:
             return self
-        ids, types = context_of(rows, self.num_virtual_tokens)
+        left = self.num_virtual_tokens - len(instruction)
+        if left < 1:
+            raise ConfigError(
+                f"the instruction takes {len(instruction)} tokens, so num_virtual_tokens={self.num_virtual_tokens} "
+                "leaves no room for examples; shorten it, or use more virtual tokens."
+            )
+        ids, types = context_of(rows, left)
+        ids, types = [*instruction, *ids], [1] * len(instruction) + types
         return replace(self, cpt_token_ids=ids, cpt_tokens_type_mask=types, cpt_mask=None)
 
     def _fill_context(self) -> None:
@@ -244,5 +261,4 @@ def _words(config: CPTConfig, word_embeddings: nn.Module) -> Tensor:
         raise ConfigError(
             f"cpt_token_ids holds {max(ids)}, but this model has {weight.shape[0]} tokens; use its tokenizer."
         )
-    with torch.no_grad():
-        return word_embeddings(torch.tensor(ids, device=weight.device)).float()
+    return embed_words(word_embeddings, ids).float()

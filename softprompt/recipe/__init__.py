@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -20,7 +21,7 @@ from typing import Any
 import yaml
 
 from softprompt.errors import ConfigError
-from softprompt.recipe.defaults import defaults_for
+from softprompt.recipe.defaults import AUTO, defaults_for
 
 EMBEDDED = "embedded"  # the name under which a recipe asks for the model that ships inside the package
 
@@ -52,7 +53,9 @@ class Recipe:
     )
     out: str = _help("folder of the run; new or empty", "")
     model: str = _help("base model: a folder, a hub name, or 'embedded' for the one in this package", EMBEDDED)
-    method: str = _help("how the prompt is made; `softprompt methods` lists them", "prefix_tuning")
+    method: str = _help(
+        "how the prompt is made; `softprompt methods` lists them; auto: what was best for this task", AUTO
+    )
     task: str = _help(
         "CAUSAL_LM (write the target), SEQ_2_SEQ_LM (on an encoder-decoder), SEQ_CLS (choose a label with a "
         "classifier) or CLOZE (with a word)",
@@ -93,7 +96,11 @@ class Recipe:
     init: str | None = _help(
         "where the prompt starts: random, vocab, text, examples (text of training examples) or prompt (another task's)"
     )
-    init_text: str | None = _help("the text of init: text")
+    init_text: str | None = _help("the text of init: text; with init: examples an instruction in front of them")
+    init_candidates: int | None = _help(
+        "compare this many draws of examples, random words and the random start by the loss before training, and start "
+        "from the best; default: 1, no comparison"
+    )
     init_from: str | None = _help("folder of another task's prompt, for init: prompt")
     method_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "further fields of the method's config"}
@@ -139,6 +146,10 @@ class Recipe:
     )
     dtype: str = _help("number format of the frozen model", "float32")
     device: str = _help("cpu, cuda, cuda:1, …; 'auto' takes a GPU when there is one", "auto")
+    device_map: str | None = _help("spread the base model over GPUs, memory and disk: auto, balanced, … or a mapping")
+    offload_folder: str | None = _help("folder for weights that must be written to disk again for device_map")
+    max_memory: str | None = _help('how much device_map may use of each device, e.g. {"0": "20GiB", "cpu": "60GiB"}')
+    shard: bool = _help("share out the base model among the processes of the run (FSDP2)", False)
 
     def __post_init__(self) -> None:
         for name, kind in _field_types().items():
@@ -181,15 +192,20 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """The recipe with every open field filled from the defaults of its method and task."""
-        table = defaults_for(self.method, self.task)
-        changes: dict[str, Any] = {
+        from softprompt.recipe.auto import method_of  # here because that module builds on this one
+
+        method = method_of(self)
+        table = defaults_for(method, self.task)
+        changes: dict[str, Any] = {"method": method} | {
             f.name: getattr(table, f.name)
             for f in dataclasses.fields(table)
             if f.name != "method_options" and getattr(self, f.name) is None
         }
         if self.epochs is not None:
             changes.pop("steps", None)
-        if self.init is None and self.init_text is not None:
+        if self.init is None and (self.init_candidates or 1) > 1:
+            changes["init"] = "examples"
+        elif self.init is None and self.init_text is not None:
             changes["init"] = "text"
         elif self.init is None and self.init_from is not None:
             changes["init"] = "prompt"
@@ -251,6 +267,8 @@ def checked(name: str, value: Any, kind: Any) -> Any:
         return value
     elif wanted is str and isinstance(value, Path):
         return str(value)
+    elif name in ("device_map", "max_memory") and isinstance(value, Mapping):
+        return json.dumps({str(key): each for key, each in value.items()})  # as a flag has it
     words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
     words |= {"list": "a list of names", "dict": "a mapping of names to values"}
     expected = words.get(getattr(wanted, "__name__", ""), str(wanted))
@@ -298,6 +316,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "max_new_tokens",
             "train_limit",
             "eval_limit",
+            "init_candidates",
             "shuffle_window",
         ),
         (lambda value: value >= 1, "at least 1"),
@@ -331,21 +350,16 @@ def _check_ranges(recipe: Recipe) -> None:
 def _check_combinations(recipe: Recipe) -> None:
     if recipe.steps is not None and recipe.epochs is not None:
         raise ConfigError(f"both steps ({recipe.steps}) and epochs ({recipe.epochs:g}) are set; give one of them")
-    if recipe.init == "text" and not recipe.init_text:
-        raise ConfigError("init is 'text' but init_text is empty; give the text to start from")
-    if recipe.init == "prompt" and not recipe.init_from:
-        raise ConfigError("init is 'prompt' but init_from is empty; give the folder of the prompt to start from")
-    if recipe.init_text and (recipe.init not in (None, "text") or recipe.init_from):
-        other = f"init is {recipe.init!r}" if recipe.init not in (None, "text") else "init_from is set too"
-        raise ConfigError(f"init_text is set but {other}; use init: text, or drop init_text")
-    if recipe.init_from and recipe.init not in (None, "prompt"):
-        raise ConfigError(f"init_from is set but init is {recipe.init!r}; use init: prompt, or drop init_from")
     if recipe.template and (recipe.input_column or (recipe.target_column and recipe.task != "CLOZE")):
         raise ConfigError("both a template and input_column/target_column are set; give one of the two")
     from softprompt.recipe.cloze import check_base_rate, check_cloze  # here because these modules build on this one
+    from softprompt.recipe.placing import check_placing
+    from softprompt.recipe.start import check_start
     from softprompt.recipe.streaming import check_streaming
     from softprompt.recipe.tasks import check_tasks
 
+    check_placing(recipe)
+    check_start(recipe)
     check_streaming(recipe)
     check_cloze(recipe)
     check_base_rate(recipe)

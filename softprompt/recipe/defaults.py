@@ -36,6 +36,16 @@ class Defaults:
 
 FALLBACK = Defaults()
 
+AUTO = "auto"  # the name under which a recipe asks for the method that is best for its task
+
+# Methods by task, the best first; the first that can do what a recipe asks is taken.
+BEST: dict[str, tuple[str, ...]] = {
+    "CAUSAL_LM": ("prefix_tuning", "p_tuning", "prompt_tuning"),
+    "SEQ_2_SEQ_LM": ("prefix_tuning", "p_tuning", "prompt_tuning"),
+    "SEQ_CLS": ("prefix_tuning", "p_tuning", "prompt_tuning"),
+    "CLOZE": ("prefix_tuning", "p_tuning", "prompt_tuning"),
+}
+
 # The causal rows are measured in benchmarks/results/e2e_defaults.md (E2E, two small Llamas). In short:
 # - Little momentum and a short memory for squared gradients: a run is a few hundred steps, and its first gradients are
 #   many times its later ones. With beta2 at 0.999 the steps stay small for most of it.

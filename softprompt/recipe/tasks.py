@@ -76,7 +76,8 @@ def teacher_recipe(recipe: Recipe, name: str, out: str) -> Recipe:
     """
     data = recipe.tasks[name]
     kept = ("model", "num_virtual_tokens", "batch_size", "eval_limit", "max_length", "eval_batch_size", "seed", "dtype")
-    kept += ("device", "init", "init_text", "init_from", "base_dropout", "group_by_length", "max_new_tokens", "task")
+    kept += ("device", "init", "init_text", "init_from", "init_candidates", "base_dropout", "group_by_length", "task")
+    kept += ("max_new_tokens",)
     common = {key: getattr(recipe, key) for key in kept}
     settings = {"method": "prompt_tuning", "samples": 0, **common, **recipe.teacher, **data, "out": out}
     for either, other in (("steps", "epochs"), ("epochs", "steps")):

@@ -13,20 +13,18 @@ from softprompt import initialize_from_prompt, initialize_from_text
 from softprompt.checkpoint import load_config
 from softprompt.cloze import answer_of
 from softprompt.config import EmbeddingConfig, PromptConfig
-from softprompt.data import Example, encode_all
+from softprompt.data import Example
 from softprompt.errors import ConfigError
 from softprompt.methods import METHODS, MultitaskPromptTuningConfig
 from softprompt.model import SoftPromptModel, get_peft_model
 from softprompt.prompt import SoftPrompt
 from softprompt.recipe import Recipe, did_you_mean, options_for
 from softprompt.recipe.cloze import slots_of
+from softprompt.recipe.defaults import AUTO
 from softprompt.template import Answer
-from softprompt.train.run_data import starting_text, vocabulary_text
+from softprompt.train.start import start_text, with_context
 
 _RECIPE_SETS = ("num_virtual_tokens", "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "template")
-
-
-SOME = 64  # training examples that a method may look at before it starts
 
 _TASK_OF_ANSWER = {
     Answer.NEXT: "CAUSAL_LM",
@@ -77,14 +75,21 @@ def _template_options(recipe: Recipe, config_class: type[PromptConfig]) -> dict[
 
 
 def with_source(recipe: Recipe) -> Recipe:
-    """The recipe with the sizes of the prompt it starts from, where it starts from one and does not say."""
-    if recipe.init_from is not None and recipe.num_virtual_tokens is None:
-        recipe = recipe.replace(num_virtual_tokens=load_config(recipe.init_from).num_virtual_tokens)
+    """The recipe with the method and sizes of the prompt it starts from, where it starts from one and does not say."""
+    if recipe.init_from is not None and (recipe.num_virtual_tokens is None or recipe.method == AUTO):
+        there = load_config(recipe.init_from)
+        method = recipe.method if recipe.method != AUTO else method_name(there)
+        recipe = recipe.replace(method=method, num_virtual_tokens=recipe.num_virtual_tokens or there.num_virtual_tokens)
     if recipe.source is None:
         return recipe
     config, options = source_config(recipe.source), recipe.method_options
     tokens = recipe.num_virtual_tokens or config.num_virtual_tokens
     return recipe.replace(num_virtual_tokens=tokens, method_options={"num_ranks": config.num_ranks, **options})
+
+
+def method_name(config: PromptConfig) -> str:
+    """The name of the method that a config is of."""
+    return next(name for name, method in METHODS.items() if method.peft_type == config.peft_type)
 
 
 def source_config(source: str) -> MultitaskPromptTuningConfig:
@@ -102,44 +107,25 @@ def build_prompt(
     texts: Sequence[str],
     start: bool = True,
     examples: Sequence[Example] = (),
+    draw: int = 0,
 ) -> SoftPromptModel:
     """``base`` frozen, with the recipe's prompt on it, started as ``init`` says.
 
     ``texts`` are training examples for ``init: examples``, and ``examples`` the same with their answers marked, for
-    methods that need to know. ``start=False`` leaves out the start, for a run whose saved state is about to be loaded.
+    methods that need to know; ``draw`` is the order in which they are taken. ``start=False`` leaves out the start, for
+    a run whose saved state is about to be loaded; so does ``init_candidates``, for `choose_start`.
     """
     torch.manual_seed(recipe.seed)
     config = prompt_config(recipe)
     if recipe.task == "CLOZE":
         config = replace(config, task_type=_TASK_OF_ANSWER[answer_of(base)])
-    started = config.with_examples(_rows(recipe, tokenizer, examples)) if recipe.init == "examples" else config
+    started = with_context(config, recipe, tokenizer, examples, draw)
     model = get_peft_model(base, started)
-    text = _start_text(recipe, tokenizer, texts) if start and started is config else None
+    if not start or config.started or started is not config or (recipe.init_candidates or 1) > 1:
+        return model
+    text = start_text(recipe, tokenizer, texts, draw)
     if text is not None:
         initialize_from_text(model, tokenizer, text)
-    if start and recipe.init == "prompt":
+    if recipe.init == "prompt":
         initialize_from_prompt(model, str(recipe.init_from))
     return model
-
-
-def _rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
-) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of some training examples, in an order drawn from the seed."""
-    if recipe.task != "CAUSAL_LM":
-        return []
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(recipe.seed))[:SOME]
-    some = encode_all([examples[place] for place in order.tolist()], tokenizer, max_length=10**6)
-    return [(row.input_ids, row.labels) for row in some if row.slots is None]
-
-
-def _start_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> str | None:
-    length = recipe.num_virtual_tokens
-    assert length is not None
-    if recipe.init == "text":
-        return recipe.init_text
-    if recipe.init == "examples":
-        return starting_text(texts, tokenizer, length, recipe.seed)
-    if recipe.init == "vocab":
-        return vocabulary_text(tokenizer, length, recipe.seed)
-    return None

@@ -6,9 +6,8 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, final
+from typing import TypeVar, final
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.cloze import Cloze, EncodedCloze
@@ -29,6 +28,7 @@ from softprompt.errors import ConfigError
 from softprompt.geometry import Geometry
 from softprompt.recipe import Recipe
 from softprompt.recipe.cloze import slots_of
+from softprompt.start import drawn, examples_text
 from softprompt.train.batches import spread
 from softprompt.train.stream import Stream
 
@@ -204,37 +204,13 @@ def context_length(geometry: Geometry, tokenizer: PreTrainedTokenizerBase) -> in
 
 def starting_text(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> str:
     """Training examples, one per line in an order drawn from ``seed``, as many as fill ``tokens`` tokens."""
-    order: list[int] = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    text, used = "", 0
-    while used == 0 or _count(text, tokenizer) <= tokens:
-        text += texts[order[used % len(order)]] + "\n"
-        used += 1
-    return text
-
-
-def vocabulary_text(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> str:
-    """Random words of the vocabulary, at least ``tokens`` tokens of them."""
-    special = set(tokenizer.all_special_ids)
-    generator = torch.Generator().manual_seed(seed)
-    words: list[int] = []
-    while True:
-        drawn = torch.randint(len(tokenizer), (2 * tokens,), generator=generator).tolist()
-        words += [number for number in drawn if number not in special]
-        text = str(tokenizer.decode(words))
-        if _count(text, tokenizer) > tokens:
-            return text
+    return examples_text([texts[number] for number in drawn(len(texts), seed)], tokenizer, tokens)
 
 
 def as_text(example: Example) -> str:
     if example.messages:
         return "\n".join(turn["content"] for turn in example.messages)
     return example.input + example.border + example.targets[0]
-
-
-def _count(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of a text without special ones; asked quietly, since a tokenizer warns of texts beyond its length."""
-    ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return len(ids)
 
 
 def row_length(recipe: Recipe, context: int) -> int:
