@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.cloze import Cloze, EncodedCloze
 from softprompt.data import IGNORED, Encoded, EncodedLabel, Example, collate, input_rows, source_rows
+from softprompt.elsewhere import place_of
 from softprompt.errors import DataError
 from softprompt.running.context_loss import rows_alone
 
@@ -26,7 +27,7 @@ def _evaluating(model: nn.Module) -> Iterator[torch.device]:
     model.eval()
     try:
         with torch.no_grad(), rows_alone():
-            yield next(model.parameters()).device
+            yield place_of(model)
     finally:
         for module in training:
             module.training = True

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from softprompt.doors.cache import Door
 from softprompt.doors.opening import Recording
-from softprompt.probe import record, word_table
+from softprompt.elsewhere import at_hand, gather_for, word_table
+from softprompt.probe import record
 from softprompt.prompt import KV, Embeddings
 
 
@@ -36,6 +37,7 @@ class Folded:
 def fold(door: Door, prompt: Embeddings) -> KV:
     """Run the virtual tokens `[N, p, d]` through the model's body once, with gradient, and keep what they leave."""
     recording, _ = record(door, _inputs(door, prompt))
+    gather_for(door.base, recording.modules, recording.layers)
     return KV(tuple(recording.layers), rows=prompt.rows, lengths=prompt.lengths)
 
 
@@ -53,8 +55,9 @@ def fold_with_logits(door: Door, prompt: Embeddings, keep: int | Tensor) -> tupl
     recording, inputs = Recording(), _inputs(door, prompt)
     if door.keeps_logits:
         inputs["logits_to_keep"] = keep
-    with door.open(None, recording):
+    with at_hand(door.base), door.open(None, recording):
         logits = door.base(**inputs, use_cache=False, return_dict=True).logits
+    gather_for(door.base, recording.modules, recording.layers)
     kv = KV(tuple(recording.layers), rows=prompt.rows, lengths=prompt.lengths)
     return kv, logits if door.keeps_logits else logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
 

@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from softprompt.elsewhere import place_of, watched
 from softprompt.fold import Folded
 from softprompt.stacking import has_layers
 
@@ -19,6 +20,7 @@ _EPOCHS = count(1)
 class Stamp:
     """The parameters of a module as they are now: themselves, their versions, their places; and autocast's type.
 
+    `trains`: a call trains the module or draws dropout in it.
     It is made in every step of decoding, so modules are walked by hand: torch's own iterators take ten times as long.
     """
 
@@ -26,9 +28,12 @@ class Stamp:
         self.modules: list[nn.Module] = []
         self.tensors: list[Tensor] = []
         self._walk(module)
+        self.trains = module.training or any(each.requires_grad for each in self.tensors)
+        kind = self.tensors[0].device.type if self.tensors else "cpu"
+        kind = place_of(module).type if kind == "meta" else kind
+        self.tensors = watched(module, self.tensors)
         self.versions = [0 if each.is_inference() else each._version for each in self.tensors]
         self.places = [each.data_ptr() for each in self.tensors]
-        kind = self.tensors[0].device.type if self.tensors else "cpu"
         self.computes = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def _walk(self, module: nn.Module) -> None:
@@ -37,11 +42,6 @@ class Stamp:
         for child in module._modules.values():
             if child is not None:
                 self._walk(child)
-
-    @property
-    def trains(self) -> bool:
-        """Whether a call trains the module or draws dropout in it."""
-        return self.modules[0].training or any(each.requires_grad for each in self.tensors)
 
     def same(self, other: "Stamp") -> bool:
         return (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import (
@@ -18,7 +21,36 @@ from transformers import (
 from transformers.utils import logging
 
 from softprompt.errors import ConfigError
-from softprompt.recipe import DTYPES, EMBEDDED
+from softprompt.recipe import DTYPES, EMBEDDED, Recipe
+from softprompt.recipe.placing import Places, device_map_of, max_memory_of
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Where transformers puts the layers of a base model, by accelerate: `from_pretrained`'s arguments."""
+
+    device_map: str | Places
+    offload_folder: str | None = None
+    max_memory: dict[int | str, int | str] | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe | None) -> Self | None:
+        """What a recipe says, if it says anything."""
+        placed = None if recipe is None else device_map_of(recipe)
+        if recipe is None or placed is None:
+            return None
+        return cls(placed, recipe.offload_folder, max_memory_of(recipe))
+
+    def options(self) -> dict[str, Any]:
+        """Those that are set. ``ConfigError`` without accelerate, and for processes that would all take all GPUs."""
+        if find_spec("accelerate") is None:
+            raise ConfigError("device_map needs the package accelerate; run: pip install 'softprompt[big]'")
+        if isinstance(self.device_map, str) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                f"device_map is {self.device_map!r}, which every one of several processes would fill all devices by; "
+                "use shard: true, or give a mapping"
+            )
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def resolve_model(name: str) -> str:
@@ -52,14 +84,16 @@ def load_base(
     dtype: str = "float32",
     device: str = "auto",
     cloze: bool = False,
+    dispatch: Dispatch | None = None,
 ) -> PreTrainedModel:
     """The base model in eval mode; with ``label_names`` one that classifies, its head new and seeded by the caller.
 
     For a ``cloze`` task a language model of any kind: masked, causal or encoder-decoder, as its config says.
+    With ``dispatch`` its layers go where that says, and ``device`` is not looked at.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), **(dispatch.options() if dispatch else {})}
     auto: Any = AutoModelForCausalLM
     if label_names is not None:
         auto = AutoModelForSequenceClassification
@@ -68,7 +102,7 @@ def load_base(
         options["ignore_mismatched_sizes"] = True  # a head for other labels is replaced, as a missing one is made
     path = resolve_model(name)
     try:
-        with quietly():
+        with quietly(), _complete():
             if label_names is None and (cloze or _is_encoder_decoder(path)):
                 auto = language_model_class(path)
             model, report = auto.from_pretrained(path, output_loading_info=True, **options)
@@ -83,7 +117,7 @@ def load_base(
         )
     if model.config.pad_token_id is None:  # a classifying decoder finds its last real token by this
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(pick_device(device)).eval()
+    return model.eval() if dispatch else model.to(pick_device(device)).eval()
 
 
 def _is_encoder_decoder(path: str) -> bool:
@@ -103,6 +137,18 @@ def language_model_class(path: str) -> Any:
     saved = (config.architectures or [""])[0]
     causal = saved.endswith(("ForCausalLM", "LMHeadModel")) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING
     return AutoModelForCausalLM if causal else AutoModelForMaskedLM
+
+
+@contextmanager
+def _complete() -> Iterator[None]:
+    """With all weights in every process: under accelerate's launcher all but the first would get none."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
 
 
 @contextmanager
@@ -135,6 +181,8 @@ def pick_device(name: str) -> torch.device:
 def _cannot_load(what: str, name: str, error: Exception) -> ConfigError:
     place = Path(resolve_model(name))
     reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:")
+    if "offload_folder" in reason:
+        return ConfigError(f"some weights of {name} must be written to disk again to stay there; give offload_folder")
     if "mismatched" in reason:
         reason = "its weights have other shapes than its config says"
     elif isinstance(error, LookupError):

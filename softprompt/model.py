@@ -15,6 +15,7 @@ from softprompt import checkpoint
 from softprompt.batch import run_for
 from softprompt.batch.find import placement_of
 from softprompt.config import PromptConfig
+from softprompt.elsewhere import at_hand
 from softprompt.errors import ConfigError
 from softprompt.fitting import fitted, method_of
 from softprompt.fold_cache import FoldCache
@@ -241,7 +242,7 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         if self._enabled:
             check_count(names, inputs)
             run = run_for(self, names, task_ids, slots, labels_tokens(inputs))
-        with self.heads.for_rows(names):
+        with at_hand(self.base_model), self.heads.for_rows(names):
             if per_token:
                 return token_scores(self.base_model, run, inputs)
             output = self.base_model(**inputs) if run is None else run.forward(inputs)
@@ -271,11 +272,12 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: Any, task_ids: Any, slots: Any
     ) -> Any:
         if not self._enabled:
-            return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+            with at_hand(self.base_model):
+                return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
         check_count(adapter_names, {"inputs": args[0] if args else None, **kwargs})
         with self._evaluating(adapter_names):
             run = run_for(self, adapter_names, task_ids, slots, labelled=False)
-        with self.heads.for_rows(adapter_names):
+        with at_hand(self.base_model), self.heads.for_rows(adapter_names):
             if run is None:
                 return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
             return run.generate(*args, **kwargs)

@@ -11,22 +11,16 @@ from transformers import PreTrainedModel
 from softprompt.doors.attention import AttentionDoor
 from softprompt.doors.cache import CacheDoor, Door, fills_cache
 from softprompt.doors.opening import Recording
+from softprompt.elsewhere import at_hand, embed_words, word_table
 from softprompt.errors import UnsupportedError
 from softprompt.geometry import Geometry, LayerShape
 from softprompt.prompt import evaluating
 
 
-def word_table(base: PreTrainedModel) -> Tensor:
-    """The weight of the input embeddings `[V, d]`; its device and type are those a prompt enters in."""
-    weight = base.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
 def record(door: Door, inputs: dict[str, Tensor]) -> tuple[Recording, Tensor]:
     """Run the model's body (no head) and take down every layer's keys and values; also its first output."""
     recording = Recording()
-    with door.open(None, recording):
+    with at_hand(door.base), door.open(None, recording):
         output = door.base.base_model(**inputs, use_cache=False, return_dict=True)
     return recording, output[0]
 
@@ -136,7 +130,7 @@ def _no_prefix(base: PreTrainedModel, found: Recording, causal: bool) -> str:
 
 def _no_vectors(base: PreTrainedModel, ids: Tensor) -> str:
     """Why no vectors can stand in this model's input: Gemma 4's smaller ones look the ids up again in every layer."""
-    vectors = 1.5 * base.get_input_embeddings()(ids)  # no words
+    vectors = 1.5 * embed_words(base.get_input_embeddings(), ids)  # no words
     try:
         with evaluating(base):
             base.base_model(inputs_embeds=vectors, use_cache=False)

@@ -114,7 +114,7 @@ class KV:
     def flat(self) -> Tensor:
         """The same prompt as `[p, Σ h·(k+v)]`, the inverse of `from_flat`."""
         rows = [part[0].transpose(0, 1).flatten(1) for pair in self.pairs for part in pair]
-        return torch.cat(rows, dim=1)
+        return torch.cat([row.to(rows[0].device) for row in rows], dim=1)  # layers may be on different devices
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "KV":
         """The same prompt with every key and value tensor changed."""

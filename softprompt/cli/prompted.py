@@ -19,7 +19,7 @@ from softprompt.data import Encoded, Example, Template, encode_all, encode_pairs
 from softprompt.data.examples import input_example, is_templated
 from softprompt.data.rows import Row, read_rows
 from softprompt.errors import CheckpointError, ConfigError, DataError
-from softprompt.loading import EMBEDDED, load_base, load_tokenizer
+from softprompt.loading import EMBEDDED, Dispatch, load_base, load_tokenizer
 from softprompt.model import SoftPromptModel
 from softprompt.recipe import Recipe
 from softprompt.recipe.tasks import of_task
@@ -108,7 +108,8 @@ def open_prompted(
     name = base_name(model, recipe, prompt)
     tokenizer = load_tokenizer(name)
     labels = _label_names(prompt, saved)
-    base = load_base(name, tokenizer, labels, dtype, device, cloze=words is not None)
+    dispatch = Dispatch.of(recipe) if model is None and device == "auto" else None
+    base = load_base(name, tokenizer, labels, dtype, device, words is not None, dispatch)
     cloze = None if words is None else open_cloze(words, base, tokenizer, text)
     prompted = SoftPromptModel.from_pretrained(base, prompt)
     used = Template(text) if text else None

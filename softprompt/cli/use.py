@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import typer
-from torch import Tensor
 
 from softprompt.checkpoint import SavedAdapter, load_adapter, save_adapter
 from softprompt.cli.cloze import cloze_inputs, read_cloze, template_text
@@ -18,6 +17,7 @@ from softprompt.config import KVConfig
 from softprompt.data import Example, LabelledExample, encode_labels, expand, load_examples, load_labelled
 from softprompt.data.cloze import as_text, load_cloze
 from softprompt.data.examples import without_slots
+from softprompt.elsewhere import all_words
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.evaluate import (
     evaluate_accuracy,
@@ -30,7 +30,7 @@ from softprompt.evaluate import (
     score_texts,
 )
 from softprompt.inspect_prompt import PromptFacts, describe, describe_kv, saved_kv
-from softprompt.loading import load_base, load_tokenizer
+from softprompt.loading import Dispatch, load_base, load_tokenizer
 from softprompt.methods import PrefixTuningConfig
 from softprompt.pairs import twice
 from softprompt.prompt import KV
@@ -191,13 +191,13 @@ def facts_of(prompt: Path, model: str | None, nearest: int) -> tuple[PromptFacts
     name = base_name(model, recipe, prompt)
     tokenizer = load_tokenizer(name)
     cloze = read_cloze(prompt) is not None
-    words = load_base(name, tokenizer, cloze=cloze).get_input_embeddings().weight
-    assert isinstance(words, Tensor)
+    dispatch = Dispatch.of(recipe) if model is None else None
+    words = all_words(load_base(name, tokenizer, cloze=cloze, dispatch=dispatch))
     vectors = saved.tensors["prompt_embeddings"][: facts.shape[0]]
     if vectors.shape[1] != words.shape[1]:
         raise ConfigError(f"{prompt} has vectors of width {vectors.shape[1]}, but {name} has embeddings of width "
                           f"{words.shape[1]}; give the base model it was made for")  # fmt: skip
-    return replace(facts, nearest=nearest_tokens(vectors, words.cpu(), tokenizer, nearest)), ""
+    return replace(facts, nearest=nearest_tokens(vectors, words, tokenizer, nearest)), ""
 
 
 TARGETS = ("kv", "prefix", "peft", "prompt_tuning")

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.cloze.verbalizer import Verbalizer, WordTable
 from softprompt.data.cloze import ClozeExample
+from softprompt.elsewhere import place_of
 from softprompt.errors import ConfigError, DataError, UnsupportedError
 from softprompt.recipe import ANSWER_LOSSES, WORD_SCORES
 from softprompt.template import Answer, Template, TemplateRow, collate_rows, encode_rows
@@ -166,7 +167,7 @@ class Cloze:
         Columns behind a sequence's own end are never read.
         """
         batch = self._batch(rows, sequences)
-        device = next(model.parameters()).device
+        device = place_of(model)
         start = batch.pop("answer_position").to(device)
         logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
         columns = (start[:, None] + torch.arange(self.words.longest, device=device)).clamp(max=logits.shape[1] - 1)

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -285,7 +285,7 @@ class CacheDoor:
 
             def replay(*everything: Any) -> Any:
                 given, parts = everything[: len(args)], iter(everything[len(args) :])
-                return _with_cache(layer, replace(cache, prefix=prefix.map(lambda _: next(parts))))(*given)
+                return _with_cache(layer, cache.of(prefix.map(lambda _: next(parts))))(*given)
 
             return run(replay, *args, *tensors, **options)
 

@@ -6,7 +6,6 @@ is more of the padding on the left.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,21 +17,38 @@ from softprompt.errors import UnsupportedError
 from softprompt.prompt import KV, spread
 
 
-@dataclass
 class PrefixedCache:
     """What the layers of one call see in place of the caller's cache `own` (None: nothing is kept).
 
     `padding` `[B|1, 1]` is how many columns stand before the prefix (None: it is first in every row). `returned` is
     what the caller gets back as `past_key_values`. With `recording` keys and values are taken down as they come.
+
+    (No dataclass: FSDP2 takes those that are given to a layer apart, and gives it copies.)
     """
 
-    own: Any
-    prefix: KV | None
-    padding: Tensor | None = None
-    returned: Any = None
-    as_tuple: bool = False
-    recording: Recording | None = None
-    attending: Callable[[int], nn.Module] | None = None
+    def __init__(
+        self,
+        own: Any,
+        prefix: KV | None,
+        padding: Tensor | None = None,
+        returned: Any = None,
+        as_tuple: bool = False,
+        recording: Recording | None = None,
+        attending: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        self.own = own
+        self.prefix = prefix
+        self.padding = padding
+        self.returned = returned
+        self.as_tuple = as_tuple
+        self.recording = recording
+        self.attending = attending
+
+    def of(self, prefix: KV) -> "PrefixedCache":
+        """The same with these tensors for the prefix."""
+        return PrefixedCache(
+            self.own, prefix, self.padding, self.returned, self.as_tuple, self.recording, self.attending
+        )
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The keys and values `[B, h, p + t, k]` that a layer attends to, given its new ones."""

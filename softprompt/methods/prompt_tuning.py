@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.config import EmbeddingConfig, parse_enum
+from softprompt.elsewhere import embed_words
 from softprompt.errors import ConfigError
 from softprompt.prompt import EmbeddingPrompt, need_count
 
@@ -117,7 +118,7 @@ def initial_rows(config: PromptTuningConfig, word_embeddings: nn.Module) -> Tens
     count, weight = config.num_virtual_tokens, next(word_embeddings.parameters())
 
     def embed(ids: list[int] | Tensor) -> Tensor:
-        return word_embeddings(torch.as_tensor(ids, device=weight.device)).float()
+        return embed_words(word_embeddings, ids).float()
 
     if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
         return embed(torch.randint(weight.shape[0], (count,)))
