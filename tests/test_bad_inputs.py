@@ -201,7 +201,7 @@ CASES: dict[str, tuple[Callable[[Bench], tuple[Any, ...]], tuple[str, ...]]] = {
     "out is a file": (lambda b: b.train(out=b.write("file", "x")), ("file is a file", "choose another")),
     "out inside a file": (lambda b: b.train(out=b.write("file", "x") / "run"), ("not writable", "choose another")),
     "out is not empty": (lambda b: b.train(out=b.prompt), ("not empty", "choose another")),
-    "nothing to resume": (lambda b: b.train("--resume"), ("no run in", "without --resume")),
+    "nothing to resume": (lambda b: ("train", "--resume", "--out", b.folder / "none"), ("no run in", "--train")),
     # a saved prompt
     "no such prompt": (lambda b: b.generate(b.folder / "prompt"), ("no folder", "prompt")),
     "prompt folder without config": (lambda b: b.generate(b.base), (CONFIG,)),

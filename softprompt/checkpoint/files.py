@@ -173,7 +173,7 @@ def _swap(folder: Path, contents: Sequence[tuple[str, bytes | None]], mark: str)
                 (folder / name).unlink(missing_ok=True)
             else:
                 (folder / f"{mark}.{name}.new").replace(folder / name)
-        _sync_folder(folder)
+        sync_folder(folder)
     except BaseException:
         for name in touched:
             if (folder / f"{mark}.{name}.old").exists():
@@ -191,7 +191,7 @@ def _duplicate(path: Path, other: Path) -> None:
         shutil.copy2(path, other)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make renames durable where the system can."""
     if os.name != "posix":
         return

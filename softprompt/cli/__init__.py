@@ -182,6 +182,10 @@ def build_recipe(path: str | None, resume: bool, given: dict[str, Any]) -> Any:
     out = settings.get("out")
     if path is None and resume and out and (Path(out) / RECIPE).is_file():
         path = str(Path(out) / RECIPE)
+    elif path is None and resume and out and not settings.get("train"):
+        raise ConfigError(
+            f"there is no run in {out} to go on with; to begin one there, say what it trains on (--train)"
+        )
     values = read_yaml(path) if path else {}
     if "steps" in settings:
         values.pop("epochs", None)

@@ -27,7 +27,7 @@ from softprompt.prompt import EmbeddingPrompt, evaluating
 from softprompt.recipe import Recipe
 from softprompt.recipe.tasks import teacher_recipe
 from softprompt.train.distributed import Team
-from softprompt.train.run_folder import RECIPE, SUMMARY, RunFolder
+from softprompt.train.run_folder import REPORT, RunFolder
 
 TEACHERS = "teachers"
 
@@ -55,7 +55,7 @@ def teacher_prompts(recipe: Recipe, folder: RunFolder, console: Console, team: T
 def _train_teacher(recipe: Recipe, name: str, out: Path, console: Console, team: Team) -> None:
     from softprompt.train import train  # here because that module builds on this one
 
-    done, begun = team.on_main(lambda: ((out / SUMMARY).is_file(), (out / RECIPE).is_file()))
+    done, begun = team.on_main(lambda: ((out / REPORT).is_file(), out.exists()))
     if done:  # what is written last is there
         return
     console.print(f"teacher of {name}", highlight=False)

@@ -19,6 +19,8 @@ class Progress:
     start: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
+    first_loss: float | None = None
+    above: list[int] = field(default_factory=list)  # late steps whose loss was above what `divergence` allows
 
 
 @dataclass(frozen=True)

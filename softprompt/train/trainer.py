@@ -20,6 +20,7 @@ from softprompt.recipe import Recipe
 from softprompt.train.batches import Batches, BatchOrder, InMemory, batches_per_epoch, rate_factor
 from softprompt.train.build import build_prompt
 from softprompt.train.distributed import Team
+from softprompt.train.divergence import Watch
 from softprompt.train.multitask import Distillation, teacher_prompts
 from softprompt.train.multitask_data import TaskOrder
 from softprompt.train.objective import Objective, merged, objective_of, own_loss, quietly
@@ -32,7 +33,7 @@ from softprompt.train.saved_state import APART, restore, state_of
 from softprompt.train.sharding import shard_base, shards
 from softprompt.train.start import START, choose_start, kept_draw
 from softprompt.train.stream import Streamed
-from softprompt.train.tuned_base import save_base, tune_base
+from softprompt.train.tuned_base import save_with_base, tune_base
 
 StepHook = Callable[[dict[str, Any]], None]
 
@@ -62,6 +63,7 @@ class Trainer:
         self.fixed = dict(model.prompt_encoder.named_buffers())  # what a prompt started with and does not train
         self.optimizer = build_optimizer(recipe, model, self.trainable)
         self.objective = objective
+        self.watch = Watch(_given(recipe.learning_rate), folder.path, len(tokenizer))
         self.team = team
         self.batches = _batches(recipe, data, team)
         self.total = total_steps(recipe, len(data.train))
@@ -110,7 +112,7 @@ class Trainer:
         trainer.agree()
         if state is not None:
             restore(trainer, state)
-        folder.rewind_metrics(trainer.progress.step or -1)  # a run that stands at 0 measures its start again
+        folder.rewind(trainer.progress.step)
         return trainer
 
     def agree(self) -> None:
@@ -179,6 +181,7 @@ class Trainer:
         if last or progress.step % self.eval_every == 0:
             self._measure(row)
         self.folder.log(row)
+        self.watch.number(progress, row.get("eval_loss", 0.0), "held-out loss", progress.step)
         if last or (recipe.save_steps and progress.step % recipe.save_steps == 0):
             self.save()
         return row
@@ -191,9 +194,9 @@ class Trainer:
             group["lr"] = group["peak"] * factor
         self._train_mode()
         scores, tokens = self._gradients(self.batches.rows(step))
-        self._must_be_number(scores["loss"], "loss", step + 1)
+        self.watch.loss(self.progress, scores["loss"], step + 1)
         norm = float(nn.utils.clip_grad_norm_(self.trainable.values(), self.recipe.clip or math.inf))
-        self._must_be_number(norm, "gradient", step + 1)
+        self.watch.number(self.progress, norm, "gradient", step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - begun
@@ -234,14 +237,6 @@ class Trainer:
         if not self.recipe.base_dropout:
             self.model.get_base_model().eval()
 
-    def _must_be_number(self, value: float, what: str, step: int) -> None:
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the {what} is {value} at step {step}; lower learning_rate (now "
-                f"{self.recipe.learning_rate:g}); the best prompt so far, of step {self.progress.best_step}, is kept "
-                f"in {self.folder.path}"
-            )
-
     def _evaluate(self, bare: bool = False) -> dict[str, float]:
         """Held-out scores of the model as it is. Draws no random numbers that training would draw."""
         rows, weighs = self.data.held_out, self.objective.weighs
@@ -259,6 +254,7 @@ class Trainer:
         if scores and not math.isfinite(scores["loss"]):
             return scores
         if not scores or not self.progress.best or _rank(scores) > _rank(self.progress.best):
+            self.watch.parameters(self.progress, self.trainable)
             if self.team.main:
                 self._keep()
             self.progress.best, self.progress.best_step = scores, self.progress.step
@@ -266,12 +262,14 @@ class Trainer:
 
     def _keep(self) -> None:
         """Write the prompt as it is."""
-        self.model.save_pretrained(self.folder.path, keep_encoder=self.recipe.keep_encoder)
         if self.recipe.base_learning_rate is not None:
-            save_base(self.model, self.tokenizer, self.folder.path)
+            save_with_base(self.model, self.tokenizer, self.folder.path, self.recipe.keep_encoder)
+        else:
+            self.model.save_pretrained(self.folder.path, keep_encoder=self.recipe.keep_encoder)
 
     def save(self) -> None:
         """Write the resumable state; every process takes part."""
+        self.watch.parameters(self.progress, self.trainable)
         state = state_of(self)
         self.folder.save_state(state)
 
