@@ -134,21 +134,22 @@ def test_a_killed_worker_loses_nothing(workplace: Path, tmp_path: Path) -> None:
 
 
 def test_a_stopped_sweep_goes_on(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the first run; the command again finishes it in the same folder; once more, and nothing is run."""
+    """Ctrl-C in the first run, again and again; at last it ends in the same folder; once more, and nothing is run."""
     import softprompt.sweep.worker as worker
 
-    sweep = plan(workplace, tmp_path / "sweep", sweep={"learning_rate": [0.1], "seed": [0, 1]}, steps=4)
+    sweep = plan(workplace, tmp_path / "sweep", sweep={"learning_rate": [0.1], "seed": [0, 1]}, steps=5)
+    for stop in range(1, 5):  # more often than a setting may be killed
 
-    def interrupt(row: dict[str, Any]) -> None:
-        if row["step"] == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+        def interrupt(row: dict[str, Any], stop: int = stop) -> None:
+            if row["step"] == stop:
+                os.kill(os.getpid(), signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(worker, "_watch", interrupt)
-        with pytest.raises(RunInterrupted):
-            run_sweep(sweep, console=QUIET)
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "_watch", interrupt)
+            with pytest.raises(RunInterrupted):
+                run_sweep(sweep, console=QUIET)
+        assert len(rows_of(sweep.folder / "runs" / "0000-seed0")) == stop + 1
     assert [row["state"] for row in results(sweep.folder)["settings"]] == ["running"]
-    assert len(rows_of(sweep.folder / "runs" / "0000-seed0")) == 3
     found = run_sweep(sweep, console=QUIET)
     assert [row["state"] for row in found["settings"]] == ["finished"]
     assert [run["folder"] for run in found["settings"][0]["runs"]] == ["runs/0000-seed0", "runs/0000-seed1"]

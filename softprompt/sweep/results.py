@@ -52,10 +52,12 @@ def read_results(plan: Plan, study: Study) -> Results:
 def _row(plan: Plan, entry: Tried) -> dict[str, Any]:
     """One setting: the mean of its runs, and their sample deviation where there are several."""
     trial = entry.counts or entry.first
-    state = STATES[trial.state.name] if entry.counts else "killed"
+    state = STATES[trial.state.name] if entry.counts else "killed" if entry.kills else "stopped"
     runs = trial.user_attrs.get("runs", []) if state == "finished" else []
     scores = [run["score"] for run in runs]
     why = trial.user_attrs.get("reason")
+    if state == "stopped":
+        why = "the next command goes on with it"
     if state == "killed":
         again = "it is run again by the next command" if entry.kills < ATTEMPTS else "it may need too much memory"
         why = f"its worker was killed ({entry.kills} of {ATTEMPTS} times); {again}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -85,11 +87,17 @@ def _round(plan: Plan, jobs: int) -> list[int]:
     return [INTERRUPTED if asked and status < 0 else status for status in statuses]
 
 
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Between runs, and while one is loading, nothing is to be saved; but locks are given back on the way out."""
+    sys.exit(INTERRUPTED)
+
+
 def _worker(plan: Plan, number: int, jobs: int) -> None:
     """One worker process: its share of the cores or a GPU of its own, and errors in one line."""
     import torch
     from transformers.utils import logging
 
+    signal.signal(signal.SIGTERM, _leave)  # while a run trains, its own handler stands in for this one
     os.setsid()  # Ctrl-C reaches the command alone, which passes it on: a second signal would stop a run unsaved
     logging.set_verbosity_error()
     logging.disable_progress_bar()

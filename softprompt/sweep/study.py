@@ -31,11 +31,14 @@ TIRED = 30  # proposals in a row that have all been tried
 
 @dataclass
 class Tried:
-    """One setting with its trials: the ``first``, the one that ``counts`` (None after kills alone), the last killed."""
+    """One setting with its trials: the ``first``, the one that ``counts`` if any, the last that was ``left`` undone.
+
+    A trial is left by a worker that was stopped or killed; only ``kills`` are counted.
+    """
 
     first: FrozenTrial
     counts: FrozenTrial | None = None
-    killed: FrozenTrial | None = None
+    left: FrozenTrial | None = None
     kills: int = 0
 
 
@@ -128,10 +131,10 @@ def tried(study: Study, space: Space) -> dict[str, Tried]:
             continue
         entry = found.setdefault(identity(trial.params), Tried(trial))
         if trial.state.name == "FAIL" and "reason" not in trial.user_attrs:
-            entry.killed, entry.kills = trial, entry.kills + 1
+            entry.left, entry.kills = trial, entry.kills + ("stopped" not in trial.user_attrs)
         elif trial.state.name != "WAITING":
             entry.counts = trial
-    return {name: entry for name, entry in found.items() if entry.counts or entry.kills}
+    return {name: entry for name, entry in found.items() if entry.counts or entry.left}
 
 
 def identity(params: Mapping[str, Any]) -> str:
@@ -141,8 +144,8 @@ def identity(params: Mapping[str, Any]) -> str:
 def take(plan: Plan, study: Study, presence: Presence) -> Trial | None:
     """The next trial for this worker, or None when nothing is left to start.
 
-    First come the settings whose worker was killed: their finished runs are kept, the one under way is resumed. The
-    caller holds the sweep's lock.
+    First come the settings whose worker was stopped or killed: their finished runs are kept, the one under way is
+    resumed. The caller holds the sweep's lock.
     """
     _reap(study, presence)
     known = tried(study, plan.space)
@@ -177,9 +180,9 @@ def _ask(plan: Plan, study: Study, presence: Presence) -> Trial:
 
 
 def _folder(trial: Trial, before: Tried | None, presence: Presence) -> str:
-    """What a trial's run folders are called: as those of a killed one, unless its worker may be alive after all."""
-    killed = before.killed.user_attrs if before and before.killed else {}
-    return killed["folder"] if "folder" in killed and presence.gone(killed["worker"]) else f"{trial.number:04d}"
+    """What a trial's run folders are called: as those that were left, unless their worker may be alive after all."""
+    left = before.left.user_attrs if before and before.left else {}
+    return left["folder"] if "folder" in left and presence.gone(left["worker"]) else f"{trial.number:04d}"
 
 
 def _sampler(plan: Plan, drawn: int) -> BaseSampler:

@@ -59,7 +59,10 @@ def _try(plan: Plan, study: Study, trial: Trial) -> None:
             runs = _runs(plan, trial)
             trial.set_user_attr("runs", runs)
             study.tell(trial, statistics.fmean(run["score"] for run in runs), skip_if_finished=True)
-        except (RunInterrupted, UpdateFinishedTrialError):
+        except (RunInterrupted, KeyboardInterrupt, SystemExit):
+            trial.set_user_attr("stopped", True)
+            raise
+        except UpdateFinishedTrialError:
             raise
         except TrialPruned as error:
             trial.set_user_attr("reason", str(error))
