@@ -25,11 +25,11 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
-from transformers.trainer_utils import _is_peft_model
 
 from softprompt import PrefixTuningConfig, PromptTuningConfig, SoftPromptModel, get_peft_model
 from softprompt.errors import CheckpointError
 
+pytest.importorskip("accelerate")  # transformers' Trainer is made of it
 Row = dict[str, list[int]]
 
 
@@ -73,7 +73,7 @@ def test_trainer_takes_it_for_no_model_of_its_own() -> None:
     import peft
 
     model = make("llama", "prefix")
-    assert not isinstance(model, PreTrainedModel | peft.PeftModel) and not _is_peft_model(model)
+    assert not isinstance(model, PreTrainedModel | peft.PeftModel)
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------
@@ -282,6 +282,28 @@ def test_experts_add_their_loss_once(method: str) -> None:
         assert whole.aux_loss > 0
         plain = model(**batch, labels=labels, output_router_logits=False, **items).loss
         close(whole.loss, plain + base.config.router_aux_loss_coef * whole.aux_loss)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("method", TWO_KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "falcon_multi_query", "t5"])
+def test_mixed_precision_is_near(family: str, method: str, checkpointed: bool) -> None:
+    """Under autocast some families have queries in float32 beside values in half precision, unless there is a cache."""
+    task = "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM"
+    torch.manual_seed(0)
+    kind = PrefixTuningConfig if method == "prefix" else PromptTuningConfig
+    model = get_peft_model(families.build(family, task), kind(task_type=task, num_virtual_tokens=4)).train()
+    if checkpointed:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    batch = tiny.ragged()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    expected = model(**batch, labels=labels, use_cache=False).loss
+    for options in ({"use_cache": False}, {}):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch, labels=labels, **options).loss
+        loss.backward()
+        torch.testing.assert_close(loss.float(), expected, rtol=0.03, atol=0.0)
 
 
 # ---- what a loop asks of a model ---------------------------------------------------------------------------------

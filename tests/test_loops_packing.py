@@ -11,6 +11,7 @@ import tiny
 import torch
 from model_kit import METHODS, TWO_KINDS, close, ids_of, make
 from torch import Tensor
+from transformers import DataCollatorWithFlattening
 
 from softprompt import CPTConfig, PrefixTuningConfig, PromptTuningConfig, SoftPromptModel, get_peft_model
 from softprompt.errors import ConfigError, UnsupportedError
@@ -85,6 +86,18 @@ def test_several_packed_rows() -> None:
     close(together, apart(model, alone, alone))
 
 
+@pytest.mark.parametrize("method", TWO_KINDS)
+def test_transformers_own_packing(method: str) -> None:
+    """`DataCollatorWithFlattening` makes one row of a batch; whether a cache is made by default does not matter."""
+    model, rows = make("llama", method), sequences()
+    batch = DataCollatorWithFlattening()([{"input_ids": row[0].tolist()} for row in rows])
+    labels = [row.clone() for row in rows]
+    for own in labels:
+        own[:, 0] = -100
+    for options in ({}, {"use_cache": True}):
+        close(model(**batch, **options).loss, apart(model, rows, labels))
+
+
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize(("family", "placement"), [("llama", "after_bos"), ("lfm2", "front")])
 def test_a_prompt_inside_the_rows_is_refused(family: str, placement: str, labelled: bool) -> None:
@@ -149,6 +162,15 @@ def test_log_probabilities_sum_to_the_loss(case: str, answers: bool) -> None:
             close(scores.entropy.sum(), -(ahead.exp() * ahead).sum(-1)[mask].sum(), 1e-4)
             assert int(scores.is_top1.sum()) == int((ahead.argmax(-1) == labels[:, 1:])[mask].sum())
             assert int(scores.label_mask.sum()) == int(mask.sum())
+
+
+def test_experts_of_a_mixture_are_weighed_by_the_caller() -> None:
+    model, ids = model_of("mixtral", "prompt_tuning"), ids_of(6, 2)
+    expected = model(input_ids=ids, labels=ids, output_router_logits=True)
+    scores = model(input_ids=ids, labels=ids, output_router_logits=True, per_token=True)
+    close(scores.aux_loss, expected.aux_loss)
+    weight = model.config.router_aux_loss_coef
+    close(scores.loss + weight * scores.aux_loss, expected.loss)
 
 
 def test_log_probabilities_of_the_base_alone() -> None:

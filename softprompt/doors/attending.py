@@ -97,7 +97,7 @@ def _shared(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """Attention `[B, T, hq, k]` with the prefix as it is: no copy of it per row, no wider mask."""
-    query, key, value = states
+    query, key, value = _of_one_type(*states)
     relative = kwargs.get("position_bias")
     bias, causal = opening.additive(mask, query), causal and mask is None
     if relative is not None:
@@ -105,6 +105,7 @@ def _shared(
             later = torch.ones(relative.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
             bias, causal = later.to(query).mul_(torch.finfo(query.dtype).min), False
         bias = relative if bias is None else relative + bias
+    bias = None if bias is None else bias.to(query.dtype)
     prefix = _prefix(opening, module, pair, query, kwargs)
     output = attend(query, key, value, prefix, bias, causal, kwargs.get("scaling"), kwargs.get("dropout", 0.0))
     return output.transpose(1, 2).contiguous()
@@ -116,7 +117,18 @@ def _prefix(opening: Opening, module: nn.Module, pair: Pair, query: Tensor, kwar
     if relative is not None:
         before = before_bias(relative, pair[0].shape[2], opening.tables.get(module), _seen(opening, module))
         far = before if far is None else before + far
+        far = far.to(query.dtype)
     return Prefix(pair[0].to(query), pair[1].to(query), opening.groups(query.shape[0], query.device), far)
+
+
+def _of_one_type(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All in the type of the values, as torch's own function takes them under autocast.
+
+    There a model that turns queries and keys by their positions does so in float32.
+    """
+    if query.dtype is key.dtype and key.dtype is value.dtype:
+        return query, key, value
+    return query.to(value.dtype), key.to(value.dtype), value
 
 
 def _flexible(
@@ -133,7 +145,7 @@ def _flexible(
             f"flex_attention has no dropout, and this model wants {kwargs['dropout']}; set the attention dropout of "
             "its config to 0 or load it with attn_implementation='sdpa'."
         )
-    (query, key, value), relative = states, kwargs.get("position_bias")
+    (query, key, value), relative = _of_one_type(*states), kwargs.get("position_bias")
     additive = opening.additive(mask, query) if isinstance(mask, Tensor) else None
     bias = None if additive is None else additive[..., : key.shape[2]]
     if relative is not None:
