@@ -25,6 +25,9 @@ class InLoops(nn.Module):
     peft_config: dict[str, PromptConfig]
     active_adapter: str
 
+    _hf_peft_config_loaded = True
+    """transformers' word for a model that has an adapter: Trainer trains nothing else over quantised weights."""
+
     def __init__(self) -> None:
         super().__init__()
         self.register_forward_pre_hook(_asks_per_token, with_kwargs=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -314,6 +315,15 @@ def test_columns_of_a_dataset_reach_the_model() -> None:
     names = inspect.signature(make("llama", "prefix").forward).parameters
     assert {"input_type_mask", "task_ids", "start_positions", "end_positions", "pixel_values"} <= set(names)
     assert [name for name in names if "label" in name] == ["labels"]
+
+
+def test_trainer_takes_a_prompt_over_quantised_weights(tmp_path: Path) -> None:
+    """It refuses a quantised model of which it believes that it would have to train the weights themselves."""
+    base: Any = tiny.build("llama")
+    base.is_quantized, base.hf_quantizer = True, SimpleNamespace(is_trainable=True, is_qat_trainable=False)
+    with pytest.raises(ValueError, match="attach trainable adapters"):
+        trainer_of(base, tmp_path, some_rows())
+    trainer_of(get_peft_model(base, PrefixTuningConfig(num_virtual_tokens=4)), tmp_path, some_rows())
 
 
 def test_question_answering_in_trainer(tmp_path: Path) -> None:
