@@ -246,7 +246,8 @@ def _gathered(base: Any) -> Iterator[None]:
     """
     from torch.distributed.fsdp import FSDPModule
 
-    if not isinstance(base, FSDPModule) or not _is_part(base.get_input_embeddings().weight):
+    words = base.get_input_embeddings().weight
+    if not isinstance(base, FSDPModule) or not _is_part(words):
         yield  # sharded in another way, or whole already
         return
     base.unshard()
