@@ -87,13 +87,13 @@ _WRITING = {  # a language model's tasks
     "peft-default": _DEFAULT,
     "peft-best": [
         *_DEFAULT,
-        *(_peft("prefix_tuning", rate, text=True) for rate in (0.1, 0.25, 0.5)),
+        *(_peft("prefix_tuning", rate, text=True) for rate in (0.1, 0.25, 0.5, 1.0)),
         _peft("prefix_tuning", 1e-2, **_ffn(128)),
         _peft("prompt_tuning", 0.3, text=True),
         _peft("p_tuning", 1e-2, **_mlp(128)),
     ],
-    "lora": [Setting("lora", rate=rate) for rate in (1e-3, 5e-3, 2e-2)],
-    "full": [Setting("full", rate=rate) for rate in (3e-4, 1e-3, 3e-3)],
+    "lora": [Setting("lora", rate=rate) for rate in (5e-3, 2e-2, 5e-2)],
+    "full": [Setting("full", rate=rate) for rate in (1e-3, 3e-3, 8e-3)],
     "ours-best": [
         Setting("ours", options=options)
         for options in (

@@ -37,7 +37,6 @@ from softprompt.train.objective import ClozeObjective, LabelObjective, Objective
 from softprompt.train.run_data import RunData, Source, read_source
 
 WARMUP = 0.06
-LOOKS = 10  # times that a run looks at the dev rows
 EVAL_BATCH = 64
 
 
@@ -59,11 +58,15 @@ class Bench:
         task, files = self.task, self.files
         fields = {
             "model": self.path, "task": task.kind, "train": str(files["train"]), "eval": str(files["dev"]),
-            "seed": seed, "steps": steps, "batch_size": task.batch, "eval_steps": max(1, steps // LOOKS),
+            "seed": seed, "steps": steps, "batch_size": task.batch, "eval_steps": self.every(steps),
             "eval_batch_size": EVAL_BATCH, "save_steps": 0, "samples": 0, "max_new_tokens": task.new_tokens,
             "device": "cpu", **task.recipe,
         }  # fmt: skip
         return Recipe.from_dict({**fields, **changes})
+
+    def every(self, steps: int) -> int:
+        """Steps from one look at the dev rows to the next."""
+        return max(1, steps // self.task.looks)
 
     @cached_property
     def source(self) -> Source:
@@ -253,7 +256,7 @@ def fit(trained: Trained, setting: Setting, bench: Bench, seed: int, steps: int)
               {"params": trained.head, "peak": setting.head_rate or setting.rate}]  # fmt: skip
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     order = BatchOrder(bench.data.lengths, bench.task.batch, seed)
-    every, curve = max(1, steps // LOOKS), []
+    every, curve = bench.every(steps), []
     best: dict[str, Any] = {}
     for step in range(steps + 1):
         if step % every == 0 or step == steps:

@@ -38,7 +38,8 @@ class Task:
 
     `rows` are at most so many in each part, evenly spread; `answers` test inputs are answered in words of at most
     `new_tokens` tokens; `context` tokens of instruction and examples stand in the frozen model's context; `repeats`: to
-    repeat the input is an answer to compare with; `seconds`: about what a run takes, on one core.
+    repeat the input is an answer to compare with; `looks`: how often a run looks at the dev rows;
+    `seconds`: about what a run takes, on one core.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Task:
     new_tokens: int = 48
     context: int = 256
     repeats: bool = False
+    looks: int = 10
     seconds: float = 30.0
 
     def quick(self) -> Task:
@@ -125,7 +127,7 @@ _ALL = (
     ),
     Task(
         "sst2", "SST-2", "SEQ_CLS", _sst2, {"input_column": "sentence", "target_column": "label"}, "",
-        ("accuracy", "loss"), model=MINILM, steps=60, rows=(2000, 160, 400), seconds=25.0,
+        ("accuracy", "loss"), model=MINILM, steps=60, rows=(2000, 120, 300), looks=5, seconds=25.0,
     ),
     _fewglue_task("RTE", _IF_SO, _YES_NO, "Does the sentence say so?"),
     _fewglue_task("CB", _IF_SO, _CB, "Does the speaker say so?"),

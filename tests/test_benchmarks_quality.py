@@ -56,7 +56,8 @@ def small_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = {"train": "train", "dev": "dev32", "test": "val"}[part]
         facts = [{"premise": f"the {w} {n}", "hypothesis": "it sat", "idx": n} for n, w in enumerate(chosen)]
         write(f"fewglue/CB/{file}", [{**fact, "label": labels[n % 3]} for n, fact in enumerate(facts)])
-        write(f"lama_trex/{part}", [{"relation": "P176", "sub": f"{w} {n} {part}", "obj": w} for n, w in enumerate(chosen)])
+        facts = [{"relation": "P176", "sub": f"{w} {n} {part}", "obj": w} for n, w in enumerate(chosen)]
+        write(f"lama_trex/{part}", facts)
     speeches = [f"A:\nThou hast the {WORDS[n % 6]} and {n} more. Go." for n in range(40)]
     write("tinyshakespeare/speeches", [{"text": text} for text in speeches])
     return folder
@@ -178,7 +179,7 @@ def scores(loss: float) -> dict[str, float]:
 
 
 def test_the_table_reports_test_rows_of_what_dev_rows_chose(tmp_path: Path) -> None:
-    rates = ["lr 0.001", "lr 0.005", "lr 0.02"]
+    rates = ["lr 0.005", "lr 0.02", "lr 0.05"]
     rows = [row("e2e", "lora", name, "grid", 0, dev) for name, dev in zip(rates, (3.0, 2.0, 1.0), strict=True)]
     rows += [row("e2e", "lora", rates[1], "main", 0, 0.9, test=scores(7.0))]
     rows += [row("e2e", "lora", rates[2], "main", 0, 0.8, test=scores(8.0))]
@@ -212,7 +213,7 @@ def test_the_summary_counts_steps_and_the_gap(tmp_path: Path) -> None:
     rows = [row("e2e", "frozen", "frozen", "main", 0, 0.0, test=scores(4.0))]
     for setting in load("quality_arms").settings_of("peft-best", load("quality_tasks").TASKS["e2e"]):
         rows += [row("e2e", "peft", str(setting), part, 0, 2.5, test=scores(3.0)) for part in ("grid", "main")]
-    for rate in ("lr 0.0003", "lr 0.001", "lr 0.003"):
+    for rate in ("lr 0.001", "lr 0.003", "lr 0.008"):
         rows += [row("e2e", "full", rate, part, 0, 1.0, test=scores(1.0)) for part in ("grid", "main")]
     rows.append(row("e2e", "ours", "default", "main", 0, 2.0, test=scores(1.6), defaults="d", used="u"))
     found = table.results_of(records(tmp_path, rows))
