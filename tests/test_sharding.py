@@ -49,6 +49,7 @@ CASES: list[tuple[str, str, str, bool]] = [
     *[("llama", "CAUSAL_LM", method, False) for method in METHODS],
     ("gpt2", "CAUSAL_LM", "prompt_tuning", False),  # tied embeddings, and a table of positions
     ("gpt2", "CAUSAL_LM", "ffn", True),
+    ("llama", "SEQ_CLS", "p_tuning", False),  # nothing uses what the last layer of a fold puts out
     ("llama", "CAUSAL_LM", "prompt_tuning", True),
     ("bloom", "CAUSAL_LM", "p_tuning", False),
     ("mixtral", "CAUSAL_LM", "prompt_tuning", False),
