@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,10 +142,49 @@ def softprompt(
     return process.exitcode, said.read_text() if said.exists() else ""
 
 
+def _member(rank: int, port: int, *command: Any) -> None:
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in world.items()})
+    _command(*command)
+
+
+def two_processes(settings: Recipe, *flags: str, moment: Moment | None = None, killed: int = 0) -> list[int | None]:
+    """Train by two processes of one team, one of which kills itself at a moment; the other goes down with it.
+
+    That is what torchrun and accelerate launch see to. The exit status of both.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = Path(settings.out).with_suffix(".yaml")
+    place.write_text(settings.to_yaml())
+    team = []
+    for rank in range(2):
+        said = str(Path(settings.out).with_suffix(".log" if rank == 0 else ".log1"))
+        own = moment if rank == killed else None
+        command = (["train", str(place), *flags], settings.out, said, own)
+        team.append(FORKS.Process(target=_member, args=(rank, port, *command)))
+    for process in team:
+        process.start()
+    for _ in range(5000):
+        if not any(process.is_alive() for process in team) or any(process.exitcode for process in team):
+            break
+        next(process for process in team if process.is_alive()).join(0.05)
+    for process in team:
+        process.kill()
+        process.join()
+    return [process.exitcode for process in team]
+
+
 def whole_life(settings: Recipe) -> Life:
     """Train undisturbed."""
     status, said = softprompt(settings, moment=NEVER)
     assert status == 0, said
+    return counted(settings)
+
+
+def counted(settings: Recipe) -> Life:
+    """What the last command with these settings counted."""
     calls, marks = json.loads(Path(settings.out).with_suffix(".log.json").read_text())
     return Life(Path(settings.out), calls, [(count, event, path) for count, event, path in marks])
 

@@ -14,7 +14,7 @@ import pytest
 import test_multitask_train as multitask
 import tiny
 from cli_kit import write_rows
-from kill_kit import Life, Moment, facts, losses, softprompt, whole_life
+from kill_kit import NEVER, Life, Moment, counted, facts, losses, softprompt, two_processes, whole_life
 from test_train import recipe, workplace  # noqa: F401  (workplace is a fixture)
 
 from softprompt.recipe import Recipe
@@ -122,15 +122,39 @@ def teachers(place: Path) -> Recipe:
     return multitask.recipe(place, place / "none", steps=4, save_steps=2, samples=1, teacher={"steps": 2})
 
 
+def streamed(place: Path) -> Recipe:
+    """Rows that are read while training, a few at a time."""
+    return lstm(place).replace(method="prompt_tuning", method_options={}, streaming=True, shuffle_window=8)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "file"), [(lstm, "encoder.safetensors"), (tuned, "adapter_model"), (teachers, "teachers/river/checkpoint")]
+    ("kind", "file"),
+    [
+        (lstm, "encoder.safetensors"),
+        (tuned, "adapter_model"),
+        (teachers, "teachers/river/checkpoint"),
+        (streamed, "checkpoint"),
+    ],
 )
 def test_other_kinds_of_runs(tmp_path: Path, kind: Any, file: str) -> None:
     settings = kind(tmp_path).replace(out=str(tmp_path / "straight"))
     life = whole_life(settings)
     moments = [*life.moments(SEED, before=0, during=2, after=1), life.inside(file, SEED)]
     assert all(killed_and_resumed(settings, life, tmp_path / "run", moment) for moment in moments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_team_that_loses_one(prefix: tuple[Recipe, Life], tmp_path: Path, killed: int) -> None:
+    """Two processes share the work; whichever of them is killed, two go on to the bits of two."""
+    settings = prefix[0].replace(out=str(tmp_path / "straight"))
+    assert two_processes(settings, moment=NEVER) == [0, 0]
+    (moment,) = counted(settings).moments(SEED + killed, before=0, during=1, after=0)
+    settings = settings.replace(out=str(tmp_path / "run"))
+    assert two_processes(settings, moment=moment, killed=killed)[killed] == -9
+    assert two_processes(settings, "--resume") == [0, 0]
+    assert facts(tmp_path / "run") == facts(tmp_path / "straight")
 
 
 # ---- where nothing has begun -----------------------------------------------------------------------------------------
