@@ -13,7 +13,6 @@ from softprompt.embedded import PATH
 
 out, steps = sys.argv[1], int(sys.argv[2])
 tokenizer = AutoTokenizer.from_pretrained(PATH)
-tokenizer.chat_template = None
 lines = [json.loads(line) for line in TRAIN.read_text(encoding="utf-8").splitlines()[:64]]
 rows = Dataset.from_list([{"prompt": f"{line['data']} =>", "completion": f" {line['text']}"} for line in lines])
 
