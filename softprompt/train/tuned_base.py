@@ -55,8 +55,10 @@ def save_with_base(
             (new / _TIE).write_text(_digest(model.encoder().saved_tensors()["prompt_embeddings"]) + "\n")
             _sync(new)
             model.save_pretrained(folder, keep_encoder=keep_encoder)
-        except BaseException:  # the earlier prompt is still there, so it is not the new base model's
-            shutil.rmtree(new, ignore_errors=True)
+        except BaseException:
+            with suppress(CheckpointError):
+                if tuned_base(folder) != new:  # as long as the prompt in the folder is the earlier one
+                    shutil.rmtree(new, ignore_errors=True)
             raise
         _put_in_place(folder)
 
