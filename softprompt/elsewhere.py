@@ -60,7 +60,7 @@ def place_of(module: nn.Module) -> torch.device:
         for parameter in part.parameters(recurse=False):
             if not parameter.is_meta:
                 return parameter.device
-            nothing, hook = False, _hook_of(part)
+            nothing, hook = False, loader_of(part)
             if hook is not None:
                 return torch.device(hook.execution_device)
     if nothing:
@@ -119,7 +119,7 @@ def watched(module: nn.Module, tensors: list[Tensor]) -> list[Tensor]:
 
 def copied(module: nn.Module) -> nn.Module:
     """A copy to be trained: its weights are in memory and nothing else loads them."""
-    hooks = {part: hook for part in module.modules() if (hook := _hook_of(part)) is not None}
+    hooks = {part: hook for part in module.modules() if (hook := loader_of(part)) is not None}
     if not any(parameter.is_meta for parameter in module.parameters()):
         return copy.deepcopy(module)
     from accelerate.hooks import remove_hook_from_module
@@ -141,7 +141,7 @@ def own_class(base: nn.Module) -> type:
     return kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]
 
 
-def _hook_of(module: nn.Module) -> Any:
+def loader_of(module: nn.Module) -> Any:
     """What of accelerate's hooks brings a module's weights along, if anything does."""
     hook = module.__dict__.get(_HOOK)
     if hook is None:
@@ -198,7 +198,7 @@ def _read_again(base: nn.Module) -> Iterator[None]:
     running: list[tuple[nn.Module, Any]] = []
     with ExitStack() as stack:
         for module in base.modules():
-            hook = _hook_of(module)
+            hook = loader_of(module)
             if hook is not None:
                 stack.callback(module.register_forward_pre_hook(partial(_enter, running, hook)).remove)
                 stack.callback(module.register_forward_hook(partial(_leave, running), always_call=True).remove)

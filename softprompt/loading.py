@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from softprompt.elsewhere import loader_of, place_of
 from softprompt.errors import ConfigError
 from softprompt.recipe import DTYPES, EMBEDDED, Recipe
 from softprompt.recipe.placing import Places, device_map_of, max_memory_of
@@ -105,11 +106,14 @@ def load_base(
         with quietly(), _complete():
             if label_names is None and (cloze or _is_encoder_decoder(path)):
                 auto = language_model_class(path)
+            random = torch.get_rng_state()
             model, report = auto.from_pretrained(path, output_loading_info=True, **options)
     except MemoryError:
         raise
     except Exception as error:  # a damaged folder raises anything from KeyError to the parsers' own types
         raise _cannot_load("model", name, error) from None
+    if dispatch:
+        _draw_heads(model, random)
     if cloze and report["missing_keys"]:
         raise ConfigError(
             f"{name} has no weights for predicting words ({len(report['missing_keys'])} tensors of "
@@ -118,6 +122,36 @@ def load_base(
     if model.config.pad_token_id is None:  # a classifying decoder finds its last real token by this
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval() if dispatch else model.to(pick_device(device)).eval()
+
+
+@torch.no_grad()
+def _draw_heads(model: PreTrainedModel, random: torch.Tensor) -> None:
+    """Draw heads in memory, as loading does from `random` on, that are to be read from files which do not have them."""
+    body = set(model.base_model.modules())
+    lost = [part for part in model.modules() if part is not model and part not in body and _lost(part)]
+    if not lost:
+        return
+    from accelerate.hooks import remove_hook_from_module
+
+    torch.set_rng_state(random)
+    for part in lost:
+        place = place_of(part)
+        loader_of(part).original_devices.clear()  # nothing is to be put back there
+        remove_hook_from_module(part)
+        part.to_empty(device=place, recurse=False)
+        model._init_weights(part)
+
+
+def _lost(part: torch.nn.Module) -> bool:
+    """Whether a module waits for weights that are not there, or for another number of labels."""
+    loader = loader_of(part)
+    for name, parameter in part.named_parameters(recurse=False) if loader else ():
+        try:
+            if parameter.is_meta and loader.weights_map[name].shape != parameter.shape:
+                return True
+        except KeyError:
+            return True
+    return False
 
 
 def _is_encoder_decoder(path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import multiprocessing
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from families import build
 from safetensors.torch import load_file
+from test_train import recipe, rows_of, workplace  # noqa: F401  (workplace is a fixture)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -27,10 +29,13 @@ from softprompt import (
     initialize_from_text,
     initialize_kv_prefix_from_text,
 )
+from softprompt.cli.prompted import open_prompted
+from softprompt.cli.use import facts_of
 from softprompt.elsewhere import all_words, offloaded, place_of
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.loading import Dispatch, load_base
 from softprompt.recipe import Recipe
+from softprompt.train import train
 
 EVERYTHING = {"": "disk"}
 LAYERS = {
@@ -109,12 +114,15 @@ def run(base: PreTrainedModel, config: Any, folder: Path, reentrant: bool | None
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:
     for name, expected in one.items():
-        torch.testing.assert_close(other[name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            other[name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-@pytest.mark.parametrize("method", CONFIGS)
-@pytest.mark.parametrize("family", LAYERS)
-def test_layers_on_disk_train_to_the_same_bits(
+@pytest.mark.parametrize(
+    ("family", "method"), [*[("llama", method) for method in CONFIGS], ("gpt2", "prompt_tuning"), ("gpt2", "ffn")]
+)
+def test_layers_on_disk_train_to_the_same_numbers(
     folders: dict[str, Path], tmp_path: Path, family: str, method: str
 ) -> None:
     expected = run(loaded(folders[family]), CONFIGS[method], tmp_path / "memory")
@@ -203,7 +211,7 @@ def test_a_frozen_prompt_is_folded_once(folders: dict[str, Path]) -> None:
 
 # ---- memory --------------------------------------------------------------------------------------------------------
 
-WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24, "head_dim": 64}
+WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16, "head_dim": 64}
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["softprompt.train", "accelerate", "test_offload", "transformers.models.llama.modeling_llama"]
@@ -248,7 +256,7 @@ def test_memory_stays_below_the_size_of_the_model(tmp_path: Path) -> None:
     size = sum(each.nbytes for each in base.parameters())
     base.save_pretrained(tmp_path)
     del base
-    methods = ["prompt_tuning", "p_tuning", "prefix", "ffn", "prompt_tuning checkpointed", "prompt_tuning kept"]
+    methods = ["prompt_tuning kept", "prompt_tuning", "ffn", "prompt_tuning checkpointed"]
     here, there = FORKS.Pipe()
     process = FORKS.Process(target=_growth, args=(str(tmp_path), methods, there))
     process.start()
@@ -256,7 +264,7 @@ def test_memory_stays_below_the_size_of_the_model(tmp_path: Path) -> None:
     found = here.recv()
     process.join()
     assert found.pop("prompt_tuning kept") > size  # which is why this is needed
-    assert all(growth < 0.75 * size for growth in found.values()), (size, found)
+    assert all(growth < 0.6 * size for growth in found.values()), (size, found)
 
 
 # ---- recipes -------------------------------------------------------------------------------------------------------
@@ -273,6 +281,24 @@ def test_recipes_say_where_the_layers_go(folders: dict[str, Path]) -> None:
     assert Dispatch.of(Recipe()) is None
     auto = Recipe(device_map="auto", max_memory='{"cpu": "200KiB"}')
     assert offloaded(load_base(str(folders["llama"]), tiny.tokenizer(), dispatch=Dispatch.of(auto)))
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_a_run_with_layers_on_disk(workplace: Path, tmp_path: Path, task: str) -> None:  # noqa: F811
+    """From the recipe to answers with the saved prompt; a classifier is new, and so not on disk."""
+    common: dict[str, Any] = {"steps": 3, "task": task, "method": "prompt_tuning", "device": "auto"}
+    places = {"memory": {}, "disk": {"device_map": EVERYTHING}}
+    runs = [recipe(workplace, tmp_path / name, **common, **more) for name, more in places.items()]
+    results = [train(run) for run in runs]
+    assert results[1].best == pytest.approx(results[0].best, rel=1e-4)
+    for one, other in zip(*(rows_of(Path(run.out)) for run in runs), strict=True):
+        assert {**other, "tokens_per_s": 0} == pytest.approx({**one, "tokens_per_s": 0}, rel=1e-3, abs=1e-5)
+    summaries = [json.loads((Path(run.out) / "summary.json").read_text()) for run in runs]
+    assert summaries[1]["nearest"] == summaries[0]["nearest"] is not None
+    opened = open_prompted(Path(runs[1].out), None)
+    assert offloaded(opened.model.get_base_model())
+    facts = [facts_of(Path(run.out), None, 2)[0].nearest for run in runs]
+    assert facts[1] == facts[0] is not None
 
 
 @pytest.mark.parametrize(
