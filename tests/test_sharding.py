@@ -77,7 +77,7 @@ def rows_for(task: str) -> dict[str, Tensor]:
     return {**rows, "labels": rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)}
 
 
-def run(case: tuple[str, str, str, bool], folder: Path, share: bool) -> dict[str, Any]:
+def run(case: tuple[str, str, str, bool], folder: Path, share: bool, size: int | None = None) -> dict[str, Any]:
     """Train, evaluate, generate, fold, save and load; what came of it."""
     family, task, method, checkpointed = case
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def run(case: tuple[str, str, str, bool], folder: Path, share: bool) -> dict[str
     found: dict[str, Any] = {}
     if share:
         before = sum(each.nbytes for each in base.parameters() if not each.requires_grad)
-        shard_base(model, "cpu")
+        shard_base(model, "cpu", size)
         found["share"] = bytes_of(base) / before
     if checkpointed:
         enable: Any = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -202,7 +202,9 @@ def test_shared_out_trains_and_generates_the_same(
             if name == "config":
                 assert found[name] == each
                 continue
-            torch.testing.assert_close(found[name], each, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found[name], each, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 TEXT = "the cat sat on the mat and the dog ran to the red house"
@@ -237,12 +239,31 @@ def test_starts_and_mixed_rows_after_sharing(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, rtol=1e-4, atol=1e-5)
 
 
+def in_pairs(place: Path) -> None:
+    found = run(CASES[0], place / "pairs", share=True, size=2)
+    torch.save(found, place / f"{dist.get_rank()}.pt")
+
+
+def test_a_copy_for_each_two_of_four(tmp_path: Path) -> None:
+    together(4, in_pairs, tmp_path)
+    expected = run(CASES[0], tmp_path / "alone", share=False)
+    for rank in range(4):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert 0.5 <= found["afterwards"] < 0.55
+        for name in ("losses", "gradients", "tokens", "saved"):
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_who_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, asking = Recipe(), Recipe(shard=True)
     assert not shards(plain, 2)
     assert shards(asking, 2)
     with pytest.raises(ConfigError, match="torchrun"):
         shards(asking, 1)
+    with pytest.raises(ConfigError, match="4 processes cannot share copies of the base model by 3"):
+        shards(Recipe(shard=True, shard_size=3), 4)
+    with pytest.raises(ConfigError, match="add shard: true"):
+        Recipe(shard_size=2)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="--fsdp_version 2"):
         shards(plain, 2)

@@ -150,6 +150,9 @@ class Recipe:
     offload_folder: str | None = _help("folder for weights that must be written to disk again for device_map")
     max_memory: str | None = _help('how much device_map may use of each device, e.g. {"0": "20GiB", "cpu": "60GiB"}')
     shard: bool = _help("share out the base model among the processes of the run (FSDP2)", False)
+    shard_size: int | None = _help(
+        "with shard: how many processes share one copy, e.g. those of a machine; default: all"
+    )
 
     def __post_init__(self) -> None:
         for name, kind in _field_types().items():
@@ -318,6 +321,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "eval_limit",
             "init_candidates",
             "shuffle_window",
+            "shard_size",
         ),
         (lambda value: value >= 1, "at least 1"),
     ),

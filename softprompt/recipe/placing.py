@@ -52,5 +52,7 @@ def check_placing(recipe: Recipe) -> None:
     spread = "shard" if recipe.shard else "device_map" if recipe.device_map is not None else None
     if spread and recipe.base_learning_rate is not None:
         raise ConfigError(f"{spread} is for a frozen base model, but base_learning_rate is set; leave one of them out")
+    if recipe.shard_size is not None and not recipe.shard:
+        raise ConfigError("shard_size is set without shard, which it is for; add shard: true")
     if recipe.shard and recipe.device_map is not None:
         raise ConfigError("both shard and device_map are set; one spreads the base over processes, the other does not")

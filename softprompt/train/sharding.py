@@ -47,27 +47,27 @@ def shards(recipe: Recipe, processes: int) -> bool:
         value = os.environ.get(name, "1" if name == "FSDP_VERSION" else "").lower()
         if value not in fine:
             raise ConfigError(f"{name} is {value!r}, which `softprompt train` does not do; launch with {remedy}")
-    recipe.replace(shard=True)  # whatever contradicts it
+    size = recipe.replace(shard=True).shard_size  # whatever contradicts it
+    if size is not None and processes % size:
+        raise ConfigError(f"{processes} processes cannot share copies of the base model by {size}; change shard_size")
     if processes == 1:
         raise ConfigError("shard needs several processes; start them with torchrun --nproc-per-node N, or leave it out")
     return True
 
 
-def shard_base(model: SoftPromptModel, device: str | torch.device = "auto", mesh: Any = None) -> None:
-    """Share out the frozen base model among the processes of ``mesh`` (all of them, by default), and move it there.
+def shard_base(model: SoftPromptModel, device: str | torch.device = "auto", size: int | None = None) -> None:
+    """Share out the frozen base model among groups of ``size`` processes (all of them, by default), and move it there.
 
     It may wait in CPU memory until then: a GPU gets one layer at a time, and keeps its part. Prompts, heads, LoRA and
     all that trains stay whole, and so do norms and biases outside the layers. Every process must call this.
     ``ConfigError`` where it cannot be done, ``UnsupportedError`` for a model without layers to share out.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     base = model.get_base_model()
     layers = _layers(base)
     place = pick_device(str(device))
-    if mesh is None:
-        mesh = init_device_mesh(place.type, (dist.get_world_size(),))
+    mesh = _mesh(place.type, size)
     whole = _whole(base, layers)
     for layer in reversed(layers):  # inner ones first
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
@@ -80,6 +80,16 @@ def shard_base(model: SoftPromptModel, device: str | torch.device = "auto", mesh
     with torch.no_grad(), evaluating(base):  # FSDP takes the first module that runs for the outermost one
         base(**_any_row(base))
     sharing.reshard()
+
+
+def _mesh(kind: str, size: int | None) -> Any:
+    """All processes in a line, or in groups of neighbours, each of which has a copy of the base."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    processes = dist.get_world_size()
+    if size in (None, processes):
+        return init_device_mesh(kind, (processes,))
+    return init_device_mesh(kind, (processes // size, size), mesh_dim_names=("copies", "parts"))
 
 
 def _layers(base: PreTrainedModel) -> list[GradientCheckpointingLayer]:

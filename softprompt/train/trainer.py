@@ -93,7 +93,7 @@ class Trainer:
         draw = kept_draw(folder, state)
         model = build_prompt(recipe, base, tokenizer, source.texts(), state is None, source.examples(), draw)
         if shared:
-            shard_base(model, device)
+            shard_base(model, device, recipe.shard_size)
         context = context_length(model.geometry, tokenizer)
         data = source.encode(recipe, tokenizer, context, base)
         loss = own_loss if teachers is None else Distillation.of(base, teachers, recipe)
