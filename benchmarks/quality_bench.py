@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt import SoftPromptModel
-from softprompt.data import Encoded
+from softprompt.data import IGNORED, Encoded
 from softprompt.evaluate import generate_texts
 from softprompt.loading import load_base, load_tokenizer, resolve_model
 from softprompt.recipe import EMBEDDED, Recipe
@@ -196,7 +196,7 @@ class Bench:
 
     def _untrained(self, kind: str, seed: int, steps: int) -> dict[str, Any]:
         if kind == "commonest":
-            answers = Counter(tuple(r.labels) if isinstance(r, Encoded) else (r.label,) for r in self.test.held_out)
+            answers = Counter(answer_of(row) for row in self.test.held_out)
             return {"test": {self.task.measures[0]: round(answers.most_common(1)[0][1] / answers.total(), 4)}}
         if kind == "copy":
             border = self.task.recipe["template"].split("}")[1].split("{")[0].strip()
@@ -278,6 +278,13 @@ def fit(trained: Trained, setting: Setting, bench: Bench, seed: int, steps: int)
         for parameter, value in zip(parameters, best["weights"], strict=True):
             parameter.copy_(value)
     return {"dev": best["dev"], "kept": best["kept"], "curve": curve}
+
+
+def answer_of(row: Any) -> tuple[int, ...]:
+    """What is to be answered: the target's tokens, or the label's number."""
+    if isinstance(row, Encoded):
+        return tuple(label for label in row.labels if label != IGNORED)
+    return (row.label,)
 
 
 def used(recipe: Recipe) -> str:

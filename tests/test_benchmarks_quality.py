@@ -241,6 +241,12 @@ def test_an_answer_is_first_when_all_its_tokens_are_likeliest() -> None:
     assert quality_scores.first_answers(Says(), rows, 2) == 0.5
 
 
+def test_the_commonest_answer_is_counted_over_rows_of_any_length() -> None:
+    data, answer_of = load("softprompt.data"), load("quality_bench").answer_of
+    assert answer_of(data.Encoded([4, 5, 6, 2], [-100, -100, 6, 2])) == answer_of(data.Encoded([9, 6, 2], [-100, 6, 2]))
+    assert answer_of(data.EncodedLabel([4, 5], 1)) == (1,)
+
+
 def test_text_in_context_is_plain_text(quality: Any, tmp_path: Path) -> None:
     """A row behind a text has the ids of both together, and is scored at its own tokens alone."""
     in_context, tasks = load("quality_scores").in_context, load("quality_tasks").TASKS
