@@ -107,7 +107,7 @@ def open_prompted(
     text, words = template_text(saved, recipe, template), read_cloze(prompt)
     name = base_name(model, recipe, prompt)
     tokenizer = load_tokenizer(name)
-    labels = _label_names(prompt, saved)
+    labels = label_names_of(prompt, saved)
     dispatch = Dispatch.of(recipe) if model is None and device == "auto" else None
     base = load_base(name, tokenizer, labels, dtype, device, words is not None, dispatch)
     cloze = None if words is None else open_cloze(words, base, tokenizer, text)
@@ -144,7 +144,7 @@ def base_name(model: str | None, recipe: Recipe | None, prompt: Path) -> str:
     return str(tuned)
 
 
-def _label_names(prompt: Path, saved: SavedAdapter) -> list[str] | None:
+def label_names_of(prompt: Path, saved: SavedAdapter) -> list[str] | None:
     """The classes of a prompt that classifies: named by its run, else numbered by the rows of its head."""
     if str(saved.config.task_type) != "SEQ_CLS":
         return None

@@ -12,7 +12,7 @@ import typer
 
 from softprompt.checkpoint import SavedAdapter, load_adapter, save_adapter
 from softprompt.cli.cloze import cloze_inputs, read_cloze, template_text
-from softprompt.cli.prompted import Prompted, base_name, open_prompted, read_saved, recipe_of_task
+from softprompt.cli.prompted import Prompted, base_name, label_names_of, open_prompted, read_saved, recipe_of_task
 from softprompt.config import KVConfig
 from softprompt.data import Example, LabelledExample, encode_labels, expand, load_examples, load_labelled
 from softprompt.data.cloze import as_text, load_cloze
@@ -192,7 +192,8 @@ def facts_of(prompt: Path, model: str | None, nearest: int) -> tuple[PromptFacts
     tokenizer = load_tokenizer(name)
     cloze = read_cloze(prompt) is not None
     dispatch = Dispatch.of(recipe) if model is None else None
-    words = all_words(load_base(name, tokenizer, cloze=cloze, dispatch=dispatch))
+    labels = None if dispatch is None else label_names_of(prompt, saved)  # a map names the parts of one class
+    words = all_words(load_base(name, tokenizer, labels, cloze=cloze, dispatch=dispatch))
     vectors = saved.tensors["prompt_embeddings"][: facts.shape[0]]
     if vectors.shape[1] != words.shape[1]:
         raise ConfigError(f"{prompt} has vectors of width {vectors.shape[1]}, but {name} has embeddings of width "
