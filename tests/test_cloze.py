@@ -217,6 +217,7 @@ WRONG: list[tuple[dict[str, Any], type[SoftPromptError], str]] = [
     ({"answer_loss": "hinge"}, ConfigError, "answer_loss is 'hinge'"),
     ({"base_learning_rate": 0.1, "optimizer": "muon"}, ConfigError, "use adamw"),
     ({"base_learning_rate": 0}, ConfigError, "greater than 0"),
+    ({"base_learning_rate": 0.1, "dtype": "bfloat16"}, ConfigError, "steps are lost in it; use dtype: float32"),
     ({"input_column": "text"}, ConfigError, "give one of the two"),
 ]
 

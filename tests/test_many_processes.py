@@ -126,6 +126,18 @@ def test_a_sharded_base_and_a_stream(workplace: Path, tmp_path: Path, alone: dic
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def test_words_and_teachers_on_a_sharded_base(workplace: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Processes whose rows are of different tasks call the base alike: a call that one of them leaves out is a hang."""
+    words = {"template": "{text} it was [MASK]", "verbalizer": {"0": "dog", "1": "cat"}, "target_column": "label"}
+    words |= {"train": str(workplace / "labelled.jsonl"), "eval": str(workplace / "labelled.jsonl"), "samples": 0}
+    cloze = recipe(workplace, tmp_path / "cloze", task="CLOZE", steps=2, shard=True, **words)
+    files = {"train": str(workplace / "train.jsonl"), "template": "{who} => {said}"}
+    several = {"tasks": {"a": files, "b": files}, "train": "", "eval": None, "template": None, "teacher": {"steps": 1}}
+    both = recipe(workplace, tmp_path / "both", batch_size=3, steps=6, samples=0, shard=True, **several)
+    assert together(2, [cloze, both]) == [0, 0]
+    assert [len(rows_of(tmp_path / name)) for name in ("cloze", "both")] == [3, 7]
+
+
 def test_stopped_and_resumed_to_the_same_bits(workplace: Path, tmp_path: Path) -> None:  # noqa: F811
     """With dropout in the base and in the prompt, which every process draws for itself."""
     options = {"method": "p_tuning", "steps": 12, "method_options": {"encoder_reparameterization_type": "LSTM"}}
@@ -185,6 +197,32 @@ def test_launchers(workplace: Path, tmp_path: Path, launcher: str, options: list
 def test_what_the_loop_does_not_do_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=f"{name} is '{value}'"), processes():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("world", "fragment"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in"),
+        ({"WORLD_SIZE": "2"}, "RANK is missing from"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is missing from"),
+    ],
+)
+def test_an_incomplete_launch_is_refused(monkeypatch: pytest.MonkeyPatch, world: dict[str, str], fragment: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{fragment} .*torchrun"), processes():
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_no_process_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="device 'cuda:0' cannot be used"), processes("cuda"):
         pass
 
 

@@ -238,6 +238,16 @@ def test_models_that_predict_no_words_and_settings_that_are_not_known() -> None:
             task(Answer.NEXT, **option)
 
 
+def test_no_class_is_imported_to_know_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers has hundreds of them; importing all takes many seconds of a short run."""
+
+    def all_classes(_: Any) -> list[type]:
+        raise AssertionError("all classes were asked for")
+
+    monkeypatch.setattr("transformers.models.auto.auto_factory._LazyAutoMapping.values", all_classes)
+    assert answer_of(tiny.build("llama")) is Answer.NEXT
+
+
 def test_a_label_of_many_words_has_no_advantage() -> None:
     table = Verbalizer.parse({"a": ["x", "y", "z"], "b": "w"}).table(tiny.tokenizer())
     scores = table.label_scores(torch.full((2, 4), math.log(0.1)))

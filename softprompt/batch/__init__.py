@@ -10,6 +10,7 @@ from torch import Tensor
 from softprompt.batch.find import BASE, Chosen, Finder, Unit, kept, placement_of
 from softprompt.batch.join import Mixed, join_embeddings, join_folded, join_kv
 from softprompt.config import Placement, PromptConfig
+from softprompt.elsewhere import sharded
 from softprompt.errors import ConfigError
 from softprompt.fold import Folded, fold_and_predict
 from softprompt.probe import word_table
@@ -82,6 +83,9 @@ def _kept_tasks(model: "SoftPromptModel", name: str, task_ids: Tensor) -> Folded
         return None
     tasks = task_ids.tolist()
     number = {task: count for count, task in enumerate(dict.fromkeys(tasks))}
+    if sharded(model.base_model):  # all processes have to run it alike, and may have rows of other tasks
+        for task in range(model.encoder(name).num_tasks):
+            kept(model, (name, task))
     parts = [kept(model, (name, task)) for task in number]
     if any(part is None for part in parts):
         return None

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.cloze.verbalizer import Verbalizer, WordTable
 from softprompt.data.cloze import ClozeExample
-from softprompt.elsewhere import place_of
+from softprompt.elsewhere import own_class, place_of
 from softprompt.errors import ConfigError, DataError, UnsupportedError
 from softprompt.recipe import ANSWER_LOSSES, WORD_SCORES
 from softprompt.template import Answer, Template, TemplateRow, collate_rows, encode_rows
@@ -45,13 +45,14 @@ class EncodedCloze:
 
 def answer_of(base: PreTrainedModel) -> Answer:
     """How this model gives an answer. UnsupportedError for one without a language model's head."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers.models.auto import modeling_auto as known  # by name: the classes are imported for seconds
 
     if base.config.is_encoder_decoder:
         return Answer.SENTINEL
-    if type(base) in MODEL_FOR_MASKED_LM_MAPPING.values():
+    name = own_class(base).__name__
+    if name in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         return Answer.MASK
-    if type(base) in MODEL_FOR_CAUSAL_LM_MAPPING.values():
+    if name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return Answer.NEXT
     raise UnsupportedError(
         f"{type(base).__name__} predicts no words, so it cannot answer a cloze task; load a masked, causal or "

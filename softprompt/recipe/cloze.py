@@ -37,6 +37,11 @@ def check_base_rate(recipe: Recipe) -> None:
         raise ConfigError("base_learning_rate is for one task, and not with a classifier (SEQ_CLS); leave it out")
     if recipe.optimizer == "muon":
         raise ConfigError("base_learning_rate is set but optimizer is 'muon', which is for prompts; use adamw")
+    if recipe.dtype != "float32":
+        raise ConfigError(
+            f"dtype is {recipe.dtype}, but base_learning_rate tunes the base model, whose small steps are lost in it; "
+            "use dtype: float32"
+        )
 
 
 def plain_labels(verbalizer: Mapping[Any, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from softprompt.errors import ConfigError, SoftPromptError
+from softprompt.loading import pick_device
 
 T = TypeVar("T")
 
@@ -117,9 +118,9 @@ class Team:
 def processes(device: str = "auto") -> Iterator[Team]:
     """The team that this process was started in; joins the others, and leaves them if it was the one that joined.
 
-    ConfigError for what accelerate's launcher asks for and this loop cannot do.
+    ConfigError for what accelerate's launcher asks for and this loop cannot do, and for a launch that is incomplete.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number("WORLD_SIZE", "1")
     _check_launcher()
     if dist.is_available() and dist.is_initialized():
         yield Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
@@ -127,8 +128,11 @@ def processes(device: str = "auto") -> Iterator[Team]:
     if size == 1:
         yield Team()
         return
-    team = Team(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
-    place = torch.device(team.device(device)) if team.device(device) != "auto" else torch.device("cpu")
+    team = Team(_number("RANK"), size, _number("LOCAL_RANK", os.environ["RANK"]))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise _incomplete(name, None)
+    place = pick_device(team.device(device))
     if place.type == "cuda":
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
@@ -136,6 +140,21 @@ def processes(device: str = "auto") -> Iterator[Team]:
         yield team
     finally:
         dist.destroy_process_group()
+
+
+def _number(name: str, default: str | None = None) -> int:
+    value = os.environ.get(name, default)
+    if value is None or not value.isdecimal():
+        raise _incomplete(name, value)
+    return int(value)
+
+
+def _incomplete(name: str, value: str | None) -> ConfigError:
+    found = "missing from" if value is None else f"{value!r} in"
+    return ConfigError(
+        f"{name} is {found} the environment that says which of several processes this is; start them by torchrun or "
+        "accelerate launch, or unset WORLD_SIZE"
+    )
 
 
 def _check_launcher() -> None:
