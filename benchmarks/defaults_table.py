@@ -1,0 +1,94 @@
+"""The tables of the sweep of the defaults, from its records."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common import RESULTS, Records, machine, spread_of, table
+
+DIVERGED = 99.0  # stands for the loss of a run that the trainer gave up
+
+
+def relative_noise(records: Records) -> float:
+    """The standard deviation of a loss over seeds, as a share of the loss, from all runs with the defaults."""
+    squares = []
+    for name in {row["cell"] for row in records.rows}:
+        for rows in _rounds(records.find(cell=name, variant="defaults")).values():
+            losses = [row["loss"] for row in rows]
+            if len(losses) > 1:
+                squares.append(statistics.variance(losses) / statistics.mean(losses) ** 2)
+    return statistics.mean(squares) ** 0.5 if squares else 0.0
+
+
+def write_table(records: Records, cells: Mapping[str, str]) -> str:
+    """Write benchmarks/results/defaults.md: the methods side by side, then every change that makes a difference."""
+    parts = ["# What the defaults rest on\n", _head(), "## Methods, with their defaults\n", _methods(records, cells)]
+    parts += ["## One setting changed\n", _legend()]
+    for name, title in cells.items():
+        rows = _of_cell(records.find(cell=name), relative_noise(records))
+        if rows:
+            parts += [f"### {title}\n", table(["method", "change", "loss", "change − defaults", "verdict"], rows)]
+    text = "\n".join(parts) + f"\n{machine()}.\n"
+    (RESULTS / "defaults.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _head() -> str:
+    return (
+        "`python benchmarks/defaults.py`. Held-out loss (nats per target token, or per row where a label is chosen) "
+        "after a few steps of 8 rows with 16 virtual tokens. Held out are the last rows of the training files; no dev "
+        "or test file is read. tiny-t5 is trained from scratch (benchmarks/defaults_models.py).\n"
+    )
+
+
+def _legend() -> str:
+    return (
+        "Mean ± standard deviation over 2 seeds for the defaults, and for changes that were better at first sight; one "
+        "seed elsewhere. A difference counts when it is larger than twice its standard deviation, which is taken from "
+        "the seeds of all defaults in this table; smaller ones have no verdict.\n"
+    )
+
+
+def _methods(records: Records, cells: Mapping[str, str]) -> str:
+    lines = []
+    for name, title in cells.items():
+        for (method, _), rows in _rounds(records.find(cell=name, variant="defaults")).items():
+            frozen = rows[-1].get("frozen")
+            cells_of = [title, f"`{method}`", f"{rows[-1]['parameters']:,}", "–" if frozen is None else f"{frozen:.3f}"]
+            start = statistics.mean(row["start"] for row in rows)
+            lines.append([*cells_of, f"{start:.3f}", spread_of([row["loss"] for row in rows])])
+    return table(["model, data, task", "method", "parameters", "frozen", "start", "loss"], lines)
+
+
+def _rounds(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Rows by method and by the defaults that they were run around, each model's newest weights."""
+    weights = {row["cell"]: row["weights"] for row in rows}
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["weights"] == weights[row["cell"]]:
+            found.setdefault((row["method"], row["around"]), []).append(row)
+    return found
+
+
+def _of_cell(rows: Sequence[dict[str, Any]], noise: float) -> list[list[str]]:
+    lines = []
+    for (method, around), own in _rounds(rows).items():
+        base = {row["seed"]: row["loss"] for row in own if row["variant"] == "defaults"}
+        lines.append([f"`{method}`", f"**defaults**: {around}", spread_of(list(base.values())), "", ""])
+        for variant in dict.fromkeys(row["variant"] for row in own if row["variant"] != "defaults"):
+            found = {row["seed"]: row["loss"] for row in own if row["variant"] == variant}
+            lines.append(_line(variant, found, base, noise))
+    return lines
+
+
+def _line(variant: str, found: Mapping[int, float], base: Mapping[int, float], noise: float) -> list[str]:
+    """A change beside the defaults, with the same seeds; `noise` is the relative deviation of one run."""
+    if DIVERGED in found.values():
+        return ["", variant, "diverged", "", "worse"]
+    pairs = [(loss, base[seed]) for seed, loss in found.items() if seed in base]
+    mean = statistics.mean(loss - before for loss, before in pairs)
+    bound = 2 * noise * statistics.mean(before for _, before in pairs) * (2 / len(pairs)) ** 0.5
+    verdict = "" if abs(mean) <= bound else "better" if mean < 0 else "worse"
+    return ["", variant, spread_of(list(found.values())), f"{mean:+.3f}", verdict]
