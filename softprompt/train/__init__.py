@@ -37,6 +37,8 @@ FREE_TO_CHANGE = (
     "offload_folder",
     "max_memory",
     "shard",
+    "shard_size",
+    "shard_size",
 )
 
 
