@@ -28,7 +28,7 @@ from defaults_models import tiny_t5
 from defaults_table import DIVERGED, write_table
 from rich.console import Console
 
-from softprompt.errors import TrainingError
+from softprompt.errors import RunInterrupted, TrainingError
 from softprompt.loading import resolve_model
 from softprompt.recipe import EMBEDDED, Recipe
 from softprompt.train import train
@@ -72,7 +72,7 @@ CELLS = {
     "stories-class": Cell("stories260K", "kinds", "SEQ_CLS", LABELS, tried=FEW),
     "stories-e2e": Cell("stories260K", "E2E", "CAUSAL_LM", E2E),
     "embedded-cards": Cell(EMBEDDED, "cards", "CAUSAL_LM", CARDS, METHODS, 40, (*FEW, "schedule", "clip", "weight")),
-    "minilm-class": Cell("minilm", "sentiment", "SEQ_CLS", LABELS, METHODS[:1], 120, FEW),
+    "minilm-class": Cell("minilm", "kinds", "SEQ_CLS", LABELS, METHODS[:1], 40, FEW),
 }
 
 
@@ -153,6 +153,8 @@ class Bench:
             recipe = recipe.replace(train=str(train_file), eval=str(held_out), out=out)
             try:
                 result = train(recipe, console=Console(quiet=True))
+            except RunInterrupted:
+                raise
             except TrainingError:
                 self.records.put(key, {"loss": DIVERGED, "start": DIVERGED, "steps": cell.steps})
                 return DIVERGED

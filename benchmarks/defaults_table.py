@@ -11,14 +11,13 @@ from common import RESULTS, Records, machine, spread_of, table
 DIVERGED = 99.0  # stands for the loss of a run that the trainer gave up
 
 
-def relative_noise(records: Records) -> float:
-    """The standard deviation of a loss over seeds, as a share of the loss, from all runs with the defaults."""
+def relative_noise(rows: Sequence[dict[str, Any]]) -> float:
+    """The standard deviation of a loss over seeds, as a share of the loss, from a cell's runs with the defaults."""
     squares = []
-    for name in {row["cell"] for row in records.rows}:
-        for rows in _rounds(records.find(cell=name, variant="defaults")).values():
-            losses = [row["loss"] for row in rows]
-            if len(losses) > 1:
-                squares.append(statistics.variance(losses) / statistics.mean(losses) ** 2)
+    for found in _rounds([row for row in rows if row["variant"] == "defaults"]).values():
+        losses = [row["loss"] for row in found if row["loss"] < DIVERGED]
+        if len(losses) > 1:
+            squares.append(statistics.variance(losses) / statistics.mean(losses) ** 2)
     return statistics.mean(squares) ** 0.5 if squares else 0.0
 
 
@@ -27,7 +26,7 @@ def write_table(records: Records, cells: Mapping[str, str]) -> str:
     parts = ["# What the defaults rest on\n", _head(), "## Methods, with their defaults\n", _methods(records, cells)]
     parts += ["## One setting changed\n", _legend()]
     for name, title in cells.items():
-        rows = _of_cell(records.find(cell=name), relative_noise(records))
+        rows = _of_cell(records.find(cell=name))
         if rows:
             parts += [f"### {title}\n", table(["method", "change", "loss", "change − defaults", "verdict"], rows)]
     text = "\n".join(parts) + f"\n{machine()}.\n"
@@ -47,19 +46,27 @@ def _legend() -> str:
     return (
         "Mean ± standard deviation over 2 seeds for the defaults, and for changes that were better at first sight; one "
         "seed elsewhere. A difference counts when it is larger than twice its standard deviation, which is taken from "
-        "the seeds of all defaults in this table; smaller ones have no verdict.\n"
+        "the seeds of all defaults in its table; smaller ones have no verdict. In bold the defaults that a change is "
+        "of: where a method stands twice, first the defaults as they were, then as the first round made them.\n"
     )
 
 
 def _methods(records: Records, cells: Mapping[str, str]) -> str:
     lines = []
     for name, title in cells.items():
-        for (method, _), rows in _rounds(records.find(cell=name, variant="defaults")).items():
+        for (method, around), rows in _rounds(records.find(cell=name, variant="defaults")).items():
             frozen = rows[-1].get("frozen")
-            cells_of = [title, f"`{method}`", f"{rows[-1]['parameters']:,}", "–" if frozen is None else f"{frozen:.3f}"]
+            parameters = f"{rows[-1].get('parameters', 0):,}"
+            cells_of = [title, f"`{method}`", _short(around), parameters, "–" if frozen is None else f"{frozen:.3f}"]
             start = statistics.mean(row["start"] for row in rows)
             lines.append([*cells_of, f"{start:.3f}", spread_of([row["loss"] for row in rows])])
-    return table(["model, data, task", "method", "parameters", "frozen", "start", "loss"], lines)
+    return table(["model, data, task", "method", "defaults", "parameters", "frozen", "start", "loss"], lines)
+
+
+def _short(around: str) -> str:
+    """What differs most among defaults: where a prompt starts, its rate and its optimiser."""
+    shown = ("init ", "learning_rate ", "optimizer ")
+    return ", ".join(part.removeprefix("learning_") for part in around.split(", ") if part.startswith(shown))
 
 
 def _rounds(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -72,11 +79,11 @@ def _rounds(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[s
     return found
 
 
-def _of_cell(rows: Sequence[dict[str, Any]], noise: float) -> list[list[str]]:
-    lines = []
+def _of_cell(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    lines, noise = [], relative_noise(rows)
     for (method, around), own in _rounds(rows).items():
         base = {row["seed"]: row["loss"] for row in own if row["variant"] == "defaults"}
-        lines.append([f"`{method}`", f"**defaults**: {around}", spread_of(list(base.values())), "", ""])
+        lines.append([f"`{method}`", f"**{_short(around)}**", spread_of(list(base.values())), "", ""])
         for variant in dict.fromkeys(row["variant"] for row in own if row["variant"] != "defaults"):
             found = {row["seed"]: row["loss"] for row in own if row["variant"] == variant}
             lines.append(_line(variant, found, base, noise))
