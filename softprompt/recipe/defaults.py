@@ -126,7 +126,7 @@ _TABLE: dict[tuple[str, str], Defaults] = {
         method_options={"encoder_reparameterization_type": "MLP", "encoder_hidden_size": 256},
     ),
     # As P-tuning's row, 120 steps: 0.42, with a learning rate of 3e-2 0.43, of 0.3 0.70; through the FFN at 1e-2, 0.70.
-    # That was at random, and from training sentences as good. A text's kind among four (benchmarks/results/defaults.md):
+    # That was at random, and from training sentences as good. Which of four kinds a text is of (defaults.md, as above):
     # on MiniLM both are right after 40 steps, on a decoder (stories260K) at random 1.19, from training texts 0.14.
     ("prefix_tuning", "SEQ_CLS"): Defaults(
         learning_rate=0.1,
