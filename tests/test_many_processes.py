@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from test_train import recipe, rows_of, workplace  # noqa: F401  (workplace is a fixture)
 
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, TrainingError
 from softprompt.recipe import Recipe
-from softprompt.train import train
+from softprompt.train import FREE_TO_CHANGE, train
 from softprompt.train.distributed import Team, processes
 
 FORKS = multiprocessing.get_context("forkserver")  # starts once, with everything imported
@@ -138,6 +138,26 @@ def test_words_and_teachers_on_a_sharded_base(workplace: Path, tmp_path: Path) -
     assert [len(rows_of(tmp_path / name)) for name in ("cloze", "both")] == [3, 7]
 
 
+def bereaved(rank: int, port: int) -> None:
+    """The first of two processes, whose second one ends without a word."""
+    world = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in world.items()})
+    with pytest.raises(TrainingError, match="another process of this run has ended"), processes("cpu") as team:
+        team.wait() if rank == 0 else os._exit(9)
+
+
+def test_a_process_that_is_left_alone_says_so() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [FORKS.Process(target=bereaved, args=(rank, port)) for rank in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join(60)
+    assert [each.exitcode for each in both] == [0, 9]
+
+
 def test_stopped_and_resumed_to_the_same_bits(workplace: Path, tmp_path: Path) -> None:  # noqa: F811
     """With dropout in the base and in the prompt, which every process draws for itself."""
     options = {"method": "p_tuning", "steps": 12, "method_options": {"encoder_reparameterization_type": "LSTM"}}
@@ -156,6 +176,10 @@ def test_more_processes_may_go_on(workplace: Path, tmp_path: Path) -> None:  # n
     assert together(2, [settings], on_step=Stop(0, 4)) == [1, 1]
     result = train(settings, resume=True)
     assert [row["step"] for row in rows_of(result.folder)] == list(range(9))
+
+
+def test_where_the_base_is_may_change_when_a_run_goes_on() -> None:
+    assert {"device_map", "offload_folder", "max_memory", "shard", "shard_size"} <= set(FREE_TO_CHANGE)
 
 
 def test_one_process_tells_an_error_for_all(workplace: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -57,6 +57,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"method": ["prefix_tuning"], "method_options.prefix_dropout": ["much"]}, "prefix_dropout"),
     ({"method": ["prefix_tuning"], "method_options.prefix_dropout": [2.0]}, "prefix_dropout=2.0"),
     ({"init": ["vocab", "prompt"]}, "init_from is empty"),
+    ({"steps": [1, 2], "epochs": [1, 2]}, "sweep: both steps (1) and epochs (1) are set"),
 ]
 
 

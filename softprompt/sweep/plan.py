@@ -72,7 +72,8 @@ class Plan:
             try:
                 prompt_config(with_source(self.recipe(settings, self.space.seeds[0], "run")).resolved())
             except ConfigError as error:
-                raise ConfigError(f"sweep: with {name}: {value}: {error}") from None
+                which = "" if value is None else f"with {name}: {value}: "
+                raise ConfigError(f"sweep: {which}{error}") from None
         for seed in self.space.seeds:
             Recipe(seed=seed)
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from softprompt.errors import ConfigError, SoftPromptError
+from softprompt.errors import ConfigError, SoftPromptError, TrainingError
 from softprompt.loading import pick_device
 
 T = TypeVar("T")
@@ -118,7 +118,8 @@ class Team:
 def processes(device: str = "auto") -> Iterator[Team]:
     """The team that this process was started in; joins the others, and leaves them if it was the one that joined.
 
-    ConfigError for what accelerate's launcher asks for and this loop cannot do, and for a launch that is incomplete.
+    ConfigError for what accelerate's launcher asks for and this loop cannot do, and for a launch that is incomplete;
+    TrainingError when another process has ended, by an error of its own or by force.
     """
     size = _number("WORLD_SIZE", "1")
     _check_launcher()
@@ -138,6 +139,12 @@ def processes(device: str = "auto") -> Iterator[Team]:
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield team
+    except RuntimeError as error:  # gloo has no error class of its own
+        if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
+            raise
+        raise TrainingError(
+            "another process of this run has ended, and so does this one; look for what that one said, then --resume"
+        ) from error
     finally:
         dist.destroy_process_group()
 
