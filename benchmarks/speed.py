@@ -194,7 +194,9 @@ def _in_its_own_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")  # nothing has been computed here, so no thread is lost
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=lambda: theirs.send(work()))
+    gc.freeze()  # or collecting garbage over there copies all that is here
     process.start()
+    gc.unfreeze()
     theirs.close()
     try:
         return ours.recv()
