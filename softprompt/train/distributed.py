@@ -8,6 +8,7 @@ parameters' gradients travel: for a prompt kilobytes, in one all-reduce a step.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ class Team:
                 raise
         dist.broadcast_object_list(told, src=0)
         if not told[1]:
+            time.sleep(1)  # a launcher that sees this process end would end the first one, before it has spoken
             raise SystemExit(2)
         return told[0]
 
