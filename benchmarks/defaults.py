@@ -104,7 +104,6 @@ def _of_optimizer(default: Recipe) -> dict[str, dict[str, Any]]:
         return {"adamw 0.6, 0.8": {"optimizer": "adamw", "beta1": 0.6, "beta2": 0.8}}
     return {
         "betas 0.9, 0.999": {"beta1": 0.9, "beta2": 0.999},
-        "betas 0.6, 0.8": {"beta1": 0.6, "beta2": 0.8},
         "muon": {"optimizer": "muon", "beta1": 0.8, "learning_rate": 0.1},
     }
 
