@@ -54,6 +54,11 @@ class Cell:
     steps: int = 48
     tried: tuple[str, ...] = ("",)
 
+    @property
+    def title(self) -> str:
+        slots = " (virtual tokens in the template)" if "[P" in self.settings.get("template", "") else ""
+        return f"{self.model}, {self.data}, {self.task}{slots}"
+
 
 E2E = {"template": "{mr} => {text}"}
 CARDS = {"template": "{data} => {text}"}
@@ -217,7 +222,7 @@ def main() -> None:
             bench = Bench(records, Path(folder))
             for name in arguments.cells.split(","):
                 bench.cell(name, arguments.only)
-    print(write_table(records, {name: f"{cell.model}, {cell.data}, {cell.task}" for name, cell in CELLS.items()}))
+    print(write_table(records, {name: cell.title for name, cell in CELLS.items()}))
 
 
 if __name__ == "__main__":
