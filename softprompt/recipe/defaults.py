@@ -55,7 +55,7 @@ BEST: dict[str, tuple[str, ...]] = {
 #   many times its later ones. With beta2 at 0.999 the steps stay small for most of it.
 # - The embedding methods train with Muon, which moves all directions of a matrix equally far; P-tuning gains the most.
 # - A prefix starts from training examples and is trained directly; the FFN is worth having only from a random start.
-# And in benchmarks/results/defaults.md on stories260K: neither cosine nor no decay, no warm-up, weight decay, clipping at
+# In benchmarks/results/defaults.md, stories260K: neither cosine nor no decay, no warm-up, weight decay, clipping at
 # 0.1 or not at all was better by more than the noise. A bfloat16 base under a float32 prompt loses nothing (3.00, as in
 # float32). The best of four draws (init_candidates) is seldom better than one; it finds out where examples are no good
 # start, as on encoder-decoders.
