@@ -1,0 +1,1 @@
+"""Prompts served by an unmodified vLLM: a KV connector and an endpoint plugin."""
