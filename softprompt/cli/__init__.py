@@ -1,4 +1,4 @@
-"""The command line: `softprompt train | sweep | generate | eval | show | convert | compare | methods`.
+"""The command line: `softprompt train | sweep | generate | eval | serve | show | convert | compare | methods`.
 
 Whatever a user can cause ends with one line on stderr that names the cause and the remedy, and exit status 2; an
 interrupt ends with 130. Any other exception is a bug, and shows its traceback.
@@ -22,6 +22,7 @@ from softprompt.cli.flags import (
     split_given,
     with_parameters,
 )
+from softprompt.cli.serve import options_of, serve_parameters
 from softprompt.cli.sweep import sweep_parameters
 from softprompt.errors import ConfigError, RunInterrupted, SoftPromptError
 
@@ -280,6 +281,20 @@ def evaluate(
         typer.echo(json.dumps(scores))
     else:
         print_scores(Console(), scores)
+
+
+@app.command(context_settings={"allow_extra_args": True})
+@with_parameters(serve_parameters())
+def serve(
+    context: typer.Context,
+    base: Annotated[str, typer.Argument(help="Base model: a folder or hub name.")],
+    prompts: Annotated[Path, typer.Option("--prompts", help="Folder of saved prompts, called by their paths.")],
+    **given: Any,
+) -> None:
+    """Serve the prompts of a folder through the OpenAI API. What stands after -- goes to `vllm serve`."""
+    from softprompt.serve import serve as run
+
+    run(options_of(base, prompts, given), context.args)
 
 
 @app.command()
