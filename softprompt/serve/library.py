@@ -53,9 +53,7 @@ class PromptLibrary:
     copies nobody needs any more are deleted. `folded`: write `kv.safetensors` too.
     """
 
-    def __init__(
-        self, folder: Path, base: Base, objects: Path, *, folded: bool = False, sole: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, base: Base, objects: Path, *, folded: bool = False, sole: bool = False) -> None:
         """Reads nothing yet; call `scan`. ConfigError where `folder` is none or `objects` cannot be written."""
         raise NotImplementedError
 
