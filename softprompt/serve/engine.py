@@ -4,9 +4,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from softprompt.errors import SoftPromptError
 from softprompt.serve.version import Version
 
 FinishReason = Literal["stop", "length", "timeout"]
+
+
+class EngineError(SoftPromptError):
+    """An answer that ended through no fault of its request: the server stops, or the model failed (no memory, say)."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Ask:
-    """One answer to be generated: a text's token ids after a prompt (None: after no prompt)."""
+    """One answer to be generated: a text's token ids (at least one) after a prompt (None: after no prompt).
+
+    `slots`, for a prompt that stands in a template: which virtual token stands in place of each id, −1 for none.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     sampling: Sampling
     version: Version | None = None
+    slots: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,8 @@ class TokenLogprob:
 class Piece:
     """What became known since the last piece: its texts joined are the answer, without the stop string.
 
-    `finish_reason` is set in the last piece.
+    Every generated token is in one piece, the end token too; the text of a token may come pieces later, when its
+    characters are whole and are not the beginning of a stop string. `finish_reason` is set in the last piece.
     """
 
     text: str
@@ -80,7 +90,10 @@ class Engine(Protocol):
         ...
 
     def generate(self, ask: Ask) -> AsyncIterator[Piece]:
-        """Raises ConfigError, before the first piece, for what can never run: too long, ids outside the vocabulary."""
+        """Raises ConfigError, before the first piece, for what can never run: too long, ids outside the vocabulary.
+
+        Later: SoftPromptError where its prompt cannot be used, EngineError.
+        """
         ...
 
     def health(self) -> str | None:
