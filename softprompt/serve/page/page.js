@@ -23,7 +23,7 @@ async function refresh() {
     for (const [id, card] of [...cards]) models.has(id) ? card.know(models.get(id)) : drop(id);
     if (!cards.size) found.slice(0, 3).forEach((model) => choose(model.id));
     drawRefused(prompts.data);
-    $("about").textContent = `${base()} with ${number(found.length - 1)} ${found.length === 2 ? "prompt" : "prompts"}`;
+    $("about").textContent = summary(served.data);
   } catch (error) {
     notice(error.message);
   }
@@ -58,8 +58,10 @@ function drawRefused(prompts) {
   }));
 }
 
-function base() {
-  return [...models.values()].find((model) => model.base)?.id ?? "";
+function summary(entries) {
+  const base = entries.map((entry) => entry.parent ?? entry.id)[0] ?? "nothing"; // a key may see prompts, not the base
+  const count = entries.filter((entry) => entry.parent).length;
+  return `${base} with ${number(count)} ${count === 1 ? "prompt" : "prompts"}`;
 }
 
 function drawList() {
