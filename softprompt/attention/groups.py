@@ -11,7 +11,8 @@ from torch import Tensor
 class Group:
     """`count` prompts that have `sharing` rows of the batch each.
 
-    `prompts` `[count]` and `rows` `[count·sharing]` (prompt by prompt) are their indices, None for all in order.
+    `prompts` `[count]` and `rows` `[count·sharing]` (prompt by prompt) are their indices, None for all in order; of
+    prompts that lie side by side, a slice, so that they are read where they are.
     `length` is the number of virtual tokens of the longest; `lengths` `[count]` where they differ. Shorter ones have
     their padding in front.
     """
@@ -19,7 +20,7 @@ class Group:
     count: int
     sharing: int
     length: int
-    prompts: Tensor | None = None
+    prompts: Tensor | slice | None = None
     rows: Tensor | None = None
     lengths: Tensor | None = None
 
@@ -90,7 +91,7 @@ def groups_of(
     total = len(lengths) if lengths is not None else max(rows) + 1
     return tuple(
         _group(prompts, [row for prompt in prompts for row in found[prompt]], (batch, total, length), lengths, device)
-        for prompts in by_size.values()
+        for prompts in map(sorted, by_size.values())
     )
 
 
@@ -107,7 +108,15 @@ def _group(
         len(prompts),
         len(rows) // len(prompts),
         max(own),
-        None if prompts == list(range(total)) else torch.tensor(prompts, device=device),
+        _index(prompts, total, device),
         None if rows == list(range(batch)) else torch.tensor(rows, device=device),
         None if min(own) == max(own) else torch.tensor(own, device=device),
     )
+
+
+def _index(prompts: list[int], total: int, device: torch.device) -> Tensor | slice | None:
+    """Where ascending `prompts` are among `total`."""
+    first, behind = prompts[0], prompts[-1] + 1
+    if behind - first == len(prompts):
+        return None if len(prompts) == total else slice(first, behind)
+    return torch.tensor(prompts, device=device)
