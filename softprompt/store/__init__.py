@@ -9,30 +9,25 @@ for another base model is an error of its own; the others load.
 """
 
 import os
-import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar, final
 
-from softprompt.checkpoint import CONFIG_NAME, ENCODER_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
-from softprompt.checkpoint.files import Find, half_written, local_files
+from softprompt.checkpoint import CONFIG_NAME
+from softprompt.checkpoint.files import half_written
 from softprompt.errors import CheckpointError, ConfigError, SoftPromptError
 from softprompt.geometry import Geometry
 from softprompt.store.loaded import LoadedPrompt, Loader, size_of
+from softprompt.store.stamps import PAUSE, READS, Stamps, finder, same, stamps_of
 
 T = TypeVar("T")
-Version = tuple[tuple[int, ...] | None, ...]
-"""What tells whether an adapter's files are still those that were read."""
 
 NO_PROMPT = "__base__"
 DEFAULT = "default"
-READS, PAUSE = 20, 0.002  # of files that change while they are read; seconds
-_FILES: tuple[str, ...] = (CONFIG_NAME, WEIGHTS_NAME, OLD_WEIGHTS_NAME, ENCODER_NAME)
 
 
 @dataclass(eq=False)
@@ -41,7 +36,7 @@ class _Held:
 
     loaded: LoadedPrompt
     folder: str
-    version: Version
+    version: Stamps
     nbytes: int
     derived: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -181,7 +176,7 @@ class PromptStore:
             if held is None:
                 return None
             self._held.move_to_end((name, loader))
-        if held.folder == folder and held.version == _version(folder):
+        if held.folder == folder and held.version == stamps_of(folder):
             return held.loaded
         with self._lock:
             if self._held.get((name, loader)) is held:
@@ -196,13 +191,13 @@ class PromptStore:
             for _ in range(READS):
                 with self._lock:
                     folder = self._folder(name)
-                version = _version(folder)
+                version = stamps_of(folder)
                 found: LoadedPrompt | SoftPromptError
                 try:
                     found = self._read(name, folder, version, loader)
                 except SoftPromptError as error:
                     found = error
-                if not _same(folder, version) or half_written(folder):
+                if not same(folder, version) or half_written(folder):
                     time.sleep(PAUSE)  # some of what was read may be old and some new
                     continue
                 if isinstance(found, SoftPromptError):
@@ -212,7 +207,7 @@ class PromptStore:
                 return found
         raise CheckpointError(f"the files of the prompt {name!r} change while they are read; ask for it again.")
 
-    def _read(self, name: str, folder: str, version: Version, loader: Loader) -> LoadedPrompt:
+    def _read(self, name: str, folder: str, version: Stamps, loader: Loader) -> LoadedPrompt:
         if not any(version) and not os.path.isdir(folder):
             raise CheckpointError(
                 f"there is no folder {folder!r} for the prompt {name!r}; a store reads folders on this machine only: "
@@ -228,7 +223,7 @@ class PromptStore:
 
         try:
             path = Path(folder)
-            return loader.load(name, path, _finder(path, version), check_bytes)
+            return loader.load(name, path, finder(path, version), check_bytes)
         except OSError as error:
             raise CheckpointError(f"{folder} (the prompt {name!r}) cannot be read: {error.strerror}.") from error
 
@@ -272,40 +267,6 @@ class PromptStore:
         if held is not None:
             del self._keys[held.loaded]
             self._nbytes -= held.nbytes
-
-
-def _version(folder: str, names: Iterable[str] = _FILES) -> Version:
-    return tuple([_stamp(f"{folder}/{name}") for name in names])
-
-
-def _same(folder: str, version: Version) -> bool:
-    """Whether the files that were there are still the same."""
-    there = [number for number, stamp in enumerate(version) if stamp is not None]
-    return _version(folder, [_FILES[number] for number in there]) == tuple([version[number] for number in there])
-
-
-def _stamp(path: str) -> tuple[int, ...] | None:
-    """Whether it is a file and no link, and what changes with it (or with what the link leads to); None: not there."""
-    try:
-        found = os.lstat(path)
-    except (OSError, ValueError):
-        return None
-    plain = stat.S_ISREG(found.st_mode)
-    if not plain:
-        with suppress(OSError):
-            found = os.stat(path)
-    return plain, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _finder(folder: Path, version: Version) -> Find:
-    """`local_files(folder)`, which asks the system nothing that the version says already."""
-    stamps, ask = dict(zip(_FILES, version, strict=True)), local_files(folder)
-
-    def find(name: str) -> Path | None:
-        stamp = stamps[name]
-        return None if stamp is None else folder / name if stamp[0] else ask(name)
-
-    return find
 
 
 def _adapters_below(root: Path) -> dict[str, str]:
