@@ -98,9 +98,9 @@ class PromptPool:
 
     @property
     def tokens(self) -> int:
-        """How many tokens it has room for."""
-        kv = self._kv  # (other threads ask)
-        return 0 if kv is None else kv.length * len(kv.layers[0][0])
+        """How many tokens it holds, the zeros before shorter prompts included."""
+        lengths = list(self._lengths)  # (other threads ask)
+        return len(lengths) * max(lengths, default=0)
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -30,9 +30,9 @@ class RowCache:
 
     @property
     def tokens(self) -> int:
-        """How many tokens it has room for."""
-        filled = [each for each in self.layers if each.is_initialized]
-        return filled[0].rows * filled[0].columns if filled else 0
+        """How many tokens it holds, the zeros before shorter rows included."""
+        lengths = list(self.lengths)  # (other threads ask)
+        return len(lengths) * max(lengths, default=0)
 
     def join(self, cache: Cache, lengths: Sequence[int]) -> None:
         """New rows, behind the others: those of `cache`, whose last columns hold so many tokens of each."""

@@ -84,7 +84,7 @@ class Model:
 
     @property
     def tokens(self) -> int:
-        """How many tokens there is memory for."""
+        """How many tokens rows and prompts hold."""
         return self._cache.tokens + self.pool.tokens
 
     def call(self, ids: Tensor, mask: Tensor, cache: Cache, prompts: KV | None) -> Tensor:
