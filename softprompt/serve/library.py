@@ -65,6 +65,7 @@ class PromptLibrary:
         self.folder, self.base = Path(folder).absolute(), base
         if not self.folder.is_dir():
             raise ConfigError(f"there is no folder {str(folder)!r}; give the folder that the adapters are in.")
+        _check_apart(self.folder.resolve(), Path(objects).resolve())
         self._objects = Objects(objects, base, folded, sole)
         self._changing = Lock()  # held by whoever changes what is served, for as long as that takes
         self._lock = Lock()  # of what follows, never held for long
@@ -305,6 +306,12 @@ class PromptLibrary:
         """The message, with paths relative to the folder of prompts."""
         text = str(error).replace(f"{self.folder}/", "").replace(f"{self._objects.folder}/", "")
         return shown(text, _SHOWN)
+
+
+def _check_apart(folder: Path, objects: Path) -> None:
+    """ConfigError if copies would be served as prompts, or prompts lie among the copies."""
+    if objects.is_relative_to(folder) or folder.is_relative_to(objects):
+        raise ConfigError(f"{folder} and the copies in {objects} must not be in one another; choose another folder.")
 
 
 def _stamps(place: Found) -> Stamps:
