@@ -12,9 +12,10 @@ import tiny
 import torch
 from store_kit import CONFIG
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.checkpoint import load_adapter, save_adapter
+from softprompt.probe import find_door
 from softprompt.serve.base import LentBase
 from softprompt.serve.library import PromptLibrary
 from softprompt.serve.version import Version
@@ -25,9 +26,11 @@ FINGERPRINT = "f" * 64
 
 def lent(family: str = "gpt2", dtype: torch.dtype = torch.float32, fingerprint: str = FINGERPRINT) -> LentBase:
     """A tiny model as an engine lends it."""
-    config = PromptTuningConfig(num_virtual_tokens=1, task_type="CAUSAL_LM")
-    model = get_peft_model(tiny.build(family).to(dtype), config).eval()
-    return LentBase(model, tiny.tokenizer(), "tiny", BASE, fingerprint)
+    return lent_of(tiny.build(family).to(dtype), fingerprint)
+
+
+def lent_of(model: PreTrainedModel, fingerprint: str = FINGERPRINT) -> LentBase:
+    return LentBase(*find_door(model), tiny.tokenizer(), "tiny", BASE, fingerprint)
 
 
 def put(folder: Path, table: Tensor) -> Path:

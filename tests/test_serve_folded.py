@@ -14,7 +14,7 @@ from safetensors import safe_open
 from softprompt import METHODS, PrefixTuningConfig, SoftPromptModel, get_peft_model
 from softprompt.checkpoint import load_adapter
 from softprompt.errors import CheckpointError, ConfigError, UnsupportedError
-from softprompt.serve.base import Base, FolderBase, LentBase, fingerprint_of
+from softprompt.serve.base import Base, FolderBase, fingerprint_of
 from softprompt.serve.folded import KV_NAME, read_folded
 from softprompt.serve.library import PromptLibrary
 
@@ -105,8 +105,7 @@ def test_a_prefix_seen_from_beyond_a_window_is_refused(tmp_path: Path) -> None:
     config = PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", prefix_always_visible=True)
     model = get_peft_model(tiny.build("mistral"), config).eval()
     model.save_pretrained(tmp_path / "prompts" / "a")
-    base = LentBase(model, tiny.tokenizer(), "tiny", BASE, "0" * 64)
-    library = PromptLibrary(tmp_path / "prompts", base, tmp_path / "objects", folded=True)
+    library = PromptLibrary(tmp_path / "prompts", lent("mistral"), tmp_path / "objects", folded=True)
     assert "prefix_always_visible" in library.scan().refused["a"]
     with pytest.raises(UnsupportedError):
         library.load("a")

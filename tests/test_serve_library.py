@@ -18,7 +18,7 @@ import families
 import pytest
 import tiny
 import torch
-from library_kit import BASE, copies, lent, opened, put, row_of, table_of
+from library_kit import BASE, copies, lent, lent_of, opened, put, row_of, table_of
 from safetensors.torch import save_file
 from store_kit import CONFIG, WEIGHTS, table, write
 
@@ -543,7 +543,7 @@ def test_what_cannot_be_folded_leaves_nothing_behind(tmp_path: Path) -> None:
     config = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     model = get_peft_model(families.build("mamba", "CAUSAL_LM"), config).eval()
     model.save_pretrained(tmp_path / "prompts" / "a")
-    mamba = LentBase(model, tiny.tokenizer(), "mamba", BASE, "m" * 64)
+    mamba = lent_of(families.build("mamba", "CAUSAL_LM"))
     library = PromptLibrary(tmp_path / "prompts", mamba, tmp_path / "objects", folded=True)
     assert "cannot be folded" in library.scan().refused["a"]
     assert copies(tmp_path / "objects") == set()

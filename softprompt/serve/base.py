@@ -14,7 +14,6 @@ from softprompt.doors.cache import Door
 from softprompt.elsewhere import all_words, word_table
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.geometry import Geometry
-from softprompt.model import SoftPromptModel
 from softprompt.prompt import KV, evaluating
 from softprompt.running import Run
 from softprompt.store.loaded import LoadedPrompt
@@ -63,24 +62,24 @@ class Base(Protocol):
 
 @final
 class LentBase:
-    """The model that an engine runs anyway. `fingerprint_of(path)` is its fingerprint."""
+    """The model that an engine runs anyway, by its door. `fingerprint_of(path)` is its fingerprint."""
 
-    def __init__(self, model: SoftPromptModel, tokenizer: Any, path: str, name: str, fingerprint: str) -> None:
-        self.path, self.name, self.fingerprint, self.tokenizer = path, name, fingerprint, tokenizer
-        self.geometry = model.geometry
-        self._model = model
+    def __init__(self, door: Door, geometry: Geometry, tokenizer: Any, path: str, name: str, fingerprint: str) -> None:
+        self.geometry, self.tokenizer = geometry, tokenizer
+        self.path, self.name, self.fingerprint = path, name, fingerprint
+        self._door = door
 
     @property
     def dtype(self) -> str:
-        return str(word_table(self._model.base_model).dtype).removeprefix("torch.")
+        return str(word_table(self._door.base).dtype).removeprefix("torch.")
 
     def fold(self, loaded: LoadedPrompt) -> KV:
-        return folded(self._model.door, self.geometry, loaded)
+        return folded(self._door, self.geometry, loaded)
 
     def words(self) -> Tensor:
-        base = self._model.base_model
-        weight = base.get_input_embeddings().weight
-        return all_words(base) if weight.is_meta else weight.detach().cpu()
+        weight = self._door.base.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return all_words(self._door.base) if weight.is_meta else weight.detach().cpu()
 
     def release(self) -> None: ...
 

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from tempfile import mkdtemp
-from threading import Lock
+from threading import RLock
 from typing import final
 
 import torch
@@ -64,7 +64,7 @@ class Objects:
         """ConfigError for a folder that cannot be written."""
         self.folder = Path(folder).absolute()
         self.base, self.folded, self.sole = base, folded, sole
-        self._lock = Lock()  # of what follows, and of folders that go away
+        self._lock = RLock()  # of what follows and of folders that go away; a lease may end in a finalizer, anywhere
         self._held: Counter[str] = Counter()
         self._checked: set[str] = set()
         try:
