@@ -1,0 +1,109 @@
+"""The door between vLLM's API and its engine: what a request with a prompt is turned into, and its answer back.
+
+vLLM's handlers know names of LoRA adapters; a prompt's name is one to them, and means a `PromptModel`. `PromptClient`
+stands in the place of their engine client. It puts placeholders before the text of a request for a prompt and takes
+them off its answers, and lets nothing through that would reach a prompt past this door.
+"""
+
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, final
+from uuid import uuid4
+
+from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+
+from softprompt.serve.version import Version
+from softprompt.serve.vllm.entered import Entered, check_free, enter, leave
+from softprompt.serve.vllm.slots import Slots
+
+
+class PromptModel(LoRARequest, kw_only=True, weakref=True):
+    """What vLLM's handlers hold for a prompt's name: one version of it. It never reaches the engine."""
+
+    version: Version
+
+
+@final
+class PromptClient:
+    """An engine client with prompts. `counted` is told of each request: the prompt's name, and its virtual tokens."""
+
+    def __init__(self, engine: Any, counted: Callable[[str, int], None] = lambda name, virtual: None) -> None:
+        self._engine = engine
+        self._counted = counted
+        self._slots = Slots(engine.model_config, engine.renderer.tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        """All the rest is the engine's own."""
+        return getattr(self._engine, name)
+
+    def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        lora_request: LoRARequest | None = None,
+        **more: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As the engine's; what is wrong with a request is raised here and not by the first step of the generator."""
+        if not isinstance(lora_request, PromptModel):
+            check_free(prompt, sampling_params)
+            return self._engine.generate(prompt, sampling_params, request_id, lora_request=lora_request, **more)
+        version = lora_request.version
+        place = self._slots.enter if version.slots else enter
+        entered = place(prompt, sampling_params, version, self._engine.model_config.max_model_len)
+        self._counted(version.name, entered.virtual)
+        return self._answers(entered, request_id, lora_request, more)
+
+    def encode(self, *args: Any, lora_request: LoRARequest | None = None, **more: Any) -> Any:
+        if isinstance(lora_request, PromptModel):
+            raise VLLMValidationError(f"the prompt {lora_request.lora_name!r} is there for generation only.")
+        return self._engine.encode(*args, lora_request=lora_request, **more)
+
+    async def _answers(
+        self, entered: Entered, request_id: str, model: PromptModel, more: dict[str, Any]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """`model` is held until the end, and with it the prompt's file."""
+        scores = None
+        if entered.params.prompt_logprobs is not None:
+            scores = await self._prompt_logprobs(entered, request_id, more)
+            entered.params.prompt_logprobs = None
+        once = entered.params.output_kind is RequestOutputKind.DELTA
+        outputs = self._engine.generate(entered.prompt, entered.params, request_id, **more)
+        try:
+            async for output in outputs:
+                output = leave(output, entered)
+                output.lora_request = model
+                output.prompt_logprobs = scores
+                yield output
+                scores = None if once else scores
+        finally:
+            await outputs.aclose()
+
+    async def _prompt_logprobs(self, entered: Entered, request_id: str, more: dict[str, Any]) -> list[Any]:
+        """Of each real token the log-probabilities at its place, as vLLM gives them; the first has none.
+
+        They come from a request of its own. vLLM's runner leaves what it has not computed, here the virtual tokens'
+        part, as whatever was in memory: numbers that no tokenizer must see. And blocks from the cache have none, so
+        the request shares none.
+        """
+        asked, params = entered.params, entered.params.clone()
+        params.n, params.max_tokens, params.min_tokens, params.logprobs = 1, 1, 0, None
+        params.detokenize, params.stop, params.structured_outputs = False, [], None
+        params.flat_logprobs, params.output_kind = False, RequestOutputKind.FINAL_ONLY
+        params.skip_reading_prefix_cache = False
+        prompt = {**entered.prompt, "cache_salt": f"{entered.prompt['cache_salt']}@{uuid4().hex}"}
+        outputs = [output async for output in self._engine.generate(prompt, params, f"{request_id}-scores", **more)]
+        count = len(entered.ids) - 1
+        found = list(outputs[-1].prompt_logprobs or [])[-count:] if outputs and count else []
+        if len(found) != count:
+            raise VLLMValidationError("the engine gave no log-probabilities for the text; ask again without them.")
+        tokenizer = self._engine.renderer.tokenizer if asked.detokenize else None
+        for place in found:
+            words = convert_ids_list_to_tokens(tokenizer, list(place)) if tokenizer is not None else [None] * len(place)
+            for entry, word in zip(place.values(), words, strict=True):
+                entry.decoded_token = word
+        return [None, *found]

@@ -1,0 +1,56 @@
+"""`softprompt serve --engine vllm`: `vllm serve` with the connector and the plugin."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+
+from softprompt.errors import ConfigError
+from softprompt.loading import resolve_model
+from softprompt.serve.options import ServeOptions
+from softprompt.serve.vllm.settings import ADMIN_KEY, Settings
+
+MAIN = "vllm.entrypoints.cli.main"
+NOT_HERE = {
+    "device": "vLLM's installation decides the device",
+    "max_cache_tokens": "write -- --kv-cache-memory-bytes N",
+    "log_prompts": "write -- --enable-log-requests",
+}
+
+
+def launch(options: ServeOptions, engine_arguments: Sequence[str] = ()) -> None:
+    """Become `vllm serve`; this process does not return. ConfigError for options that vLLM has no word for."""
+    arguments, environment = command(options, engine_arguments)
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", MAIN, *arguments], environment)
+
+
+def command(options: ServeOptions, engine_arguments: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """The arguments of `vllm` and the environment it runs in. ConfigError."""
+    for name, remedy in NOT_HERE.items():
+        if getattr(options, name):
+            raise ConfigError(f"{name}={getattr(options, name)!r} means nothing to the engine vllm; {remedy}.")
+    objects, sole = options.objects, False
+    if objects is None:
+        objects, sole = Path(mkdtemp(prefix="softprompt-objects-")), True
+    settings = Settings(options.prompts, objects, options.watch_seconds, options.keys, sole)
+    arguments = ["serve", str(resolve_model(options.base)), "--host", options.host, "--port", str(options.port)]
+    arguments += ["--dtype", options.dtype, "--max-num-seqs", str(options.max_batch)]
+    arguments += ["--max-num-queued-reqs", str(options.max_batch + options.max_waiting)]
+    arguments += ["--kv-transfer-config", json.dumps(settings.as_config())]
+    if options.name is not None:
+        arguments += ["--served-model-name", options.name]
+    if options.max_length is not None:
+        arguments += ["--max-model-len", str(options.max_length)]
+    return [*arguments, *engine_arguments], _environment(options)
+
+
+def _environment(options: ServeOptions) -> dict[str, str]:
+    environment = dict(os.environ)
+    names = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name]
+    environment["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "softprompt"]))
+    if options.admin_key is not None:
+        environment[ADMIN_KEY] = options.admin_key
+    return environment
