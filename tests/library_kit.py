@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
-from store_kit import CONFIG
+from store_kit import CONFIG, write
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,6 +32,21 @@ def lent(family: str = "gpt2", dtype: torch.dtype = torch.float32, fingerprint: 
 
 def lent_of(model: PreTrainedModel, fingerprint: str = FINGERPRINT) -> LentBase:
     return LentBase(*find_door(model), tiny.tokenizer(), "tiny", BASE, fingerprint)
+
+
+@pytest.fixture(scope="module")
+def base() -> LentBase:
+    return lent()
+
+
+@pytest.fixture
+def library(tmp_path: Path, base: LentBase) -> PromptLibrary:
+    """Before tiny GPT-2, with the prompts a and b/c in `tmp_path`/prompts and copies in `tmp_path`/objects."""
+    write(tmp_path / "prompts" / "a", 1)
+    write(tmp_path / "prompts" / "b" / "c", 2)
+    library = PromptLibrary(tmp_path / "prompts", base, tmp_path / "objects", sole=True)
+    assert set(library.scan().added) == {"a", "b/c"}
+    return library
 
 
 def put(folder: Path, table: Tensor) -> Path:

@@ -90,7 +90,7 @@ def test_nearest_words(client: TestClient, library: PromptLibrary) -> None:
         answer = client.get(f"/v1/prompts/{name}/nearest").json()
         assert (answer["object"], answer["name"]) == ("prompt.nearest", name)
         assert answer["tokens"] == [[list(pair) for pair in words] for words in library.nearest(name)]
-    for name in ("bad", "nothing", "%2e%2e/%2e%2e/etc/passwd", "%00", "x" * 100_000, "%ff", "%ed%a0%80"):
+    for name in ("bad", "nothing", "%2e%2e/%2e%2e/etc/passwd", "%00", "x" * 60_000, "%ff", "%ed%a0%80"):
         assert "there is no prompt" in check_error(client.get(f"/v1/prompts/{name}/nearest"), 404)
 
 
