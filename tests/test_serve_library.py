@@ -69,8 +69,8 @@ def test_a_digest_is_of_what_a_prompt_holds_and_stands_before(tmp_path: Path) ->
 
     bases = [lent(), lent(fingerprint="e" * 64), lent(dtype=torch.bfloat16)]
     found = []
-    for base in bases:
-        library = PromptLibrary(prompts, base, tmp_path / "objects")
+    for each in bases:
+        library = PromptLibrary(prompts, each, tmp_path / "objects")
         assert not library.scan().refused
         digests = {name: library.get(name).digest for name in library.names()}
         assert digests.pop("again") == digests.pop("old") == digests["one"]
