@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from softprompt import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model, initialize_from_text
 from softprompt.embedded import PATH
 from softprompt.serve import ServeOptions
-from softprompt.serve.app import create_app
+from softprompt.serve.app import open_app
 
 KEY, NARROW = "key-of-the-page", "key-of-a-guest"
 KINDS = {"pets/words": PromptTuningConfig, "tale": PrefixTuningConfig, "free": PromptEncoderConfig}
@@ -149,7 +149,7 @@ def serving_page(folder: Path) -> Iterator[str]:
     keys = folder / "keys.yaml"
     keys.write_text(f"{KEY}: ['*']\n{NARROW}: [tale]\n")
     options = ServeOptions(str(PATH), folder / "prompts", engine="transformers", name="base", keys=keys)
-    with running(create_app(options.resolved())) as address:
+    with open_app(options) as app, running(app) as address:
         yield address
 
 

@@ -183,12 +183,12 @@ def test_nearest_tokens(page: Page, server: str) -> None:
     page.get_by_role("button", name=f"Nearest tokens of {WORDS}").click()
     tokens = page.get_by_role("dialog", name=WORDS).get_by_role("listitem")
     expect(tokens).to_have_count(8)
-    first = api(server, f"v1/prompts/{WORDS}/nearest").json()["data"][0]["nearest"]
-    for place, word in enumerate(first):
+    first = api(server, f"v1/prompts/{WORDS}/nearest").json()["tokens"][0]
+    for place, (word, cosine) in enumerate(first):
         line = tokens.first.locator("div").nth(place)
-        expect(line.locator("code")).to_have_text(word["token"].strip())
-        expect(line.locator("span")).to_have_text(f"{word['cosine']:.2f}")
-    assert first[0]["cosine"] == pytest.approx(1, abs=1e-3)  # it was made of words
+        expect(line.locator("code")).to_have_text(word.strip())
+        expect(line.locator("span")).to_have_text(f"{cosine:.2f}")
+    assert first[0][1] == pytest.approx(1, abs=1e-3)  # it was made of words
     check_layout(page)
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).to_be_hidden()

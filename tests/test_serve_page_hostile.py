@@ -51,7 +51,7 @@ def hostile(route: Route) -> None:
         known = {"name": EVIL, "method": EVIL, "length": 3, "state": "served", "error": None}
         route.fulfill(json={"data": [known, {**known, "name": "bad", "state": "refused", "error": EVIL}]})
     elif path.endswith("nearest"):
-        route.fulfill(json={"data": [{"nearest": [{"token": EVIL, "cosine": 0.5}]}]})
+        route.fulfill(json={"tokens": [[[EVIL, 0.5]]]})
     elif route.request.post_data_json["model"] == EVIL:
         answer = json.dumps({"choices": [{"text": EVIL}], "usage": None})
         route.fulfill(content_type="text/event-stream", body=f"data: {answer}\n\ndata: [DONE]\n\n")

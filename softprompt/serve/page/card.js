@@ -74,7 +74,8 @@ export class Card {
     const answered = usage.completion_tokens;
     this.parts.real.textContent = `${number(usage.prompt_tokens)} + ${number(answered)}`;
     this.parts.real.title = `${number(usage.prompt_tokens)} of the text, ${number(answered)} of the answer`;
-    this.parts.virtual.textContent = this.model.length === null ? NONE : number(this.model.length);
+    const virtual = usage.prompt_tokens_details?.virtual_tokens ?? this.model.length; // vLLM's usage has no such field
+    this.parts.virtual.textContent = virtual === null ? NONE : number(virtual);
     const seconds = (this.last - this.first) / 1000;
     const several = this.pieces > 1 && answered > 1 && seconds > 0; // one piece says nothing about the time between
     this.parts.speed.textContent = several ? `${number((answered - 1) / seconds)} tokens/s` : NONE;
