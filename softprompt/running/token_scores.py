@@ -81,7 +81,7 @@ def _folded(run: "Run", inputs: dict[str, Any]) -> tuple[Any, Parts]:
 
 def _in_rows(run: "Run", inputs: dict[str, Any]) -> tuple[Any, Parts]:
     """With vectors in the rows, in whose order the scores are."""
-    inputs, _ = run._placed(with_mask(inputs), run.vectors, "right")
+    inputs, _ = run.placed(with_mask(inputs), run.vectors, "right")
     labels = inputs.pop("labels")
     output = run.door.call(run.kv, inputs)
     return output, _shifted(output.logits, labels)

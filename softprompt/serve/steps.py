@@ -66,10 +66,9 @@ class Beginning:
         check_slots(row.found.placement, slots)
         run = Run(model.door, model.geometry, row.found.prompt, row.found.placement, slots)
         ids = torch.tensor([row.ids], device=model.device)
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        inputs |= {"past_key_values": self._cache, "use_cache": True, "return_dict": True}
-        with torch.no_grad(), at_hand(model.door.base):
-            return run.forward(inputs).logits[:, -1]
+        placed, _ = run.placed({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, run.vectors, "left")
+        with torch.no_grad(), at_hand(model.door.base):  # (the last column may be a virtual token's)
+            return model.door.call(None, {**placed, **using(self._cache)}).logits[:, -1]
 
 
 @final
@@ -89,8 +88,7 @@ class Model:
 
     def call(self, ids: Tensor, mask: Tensor, cache: Cache, prompts: KV | None) -> Tensor:
         """The scores `[B, V]` behind the last column of `ids` `[B, T]`; `mask` `[B, T + what is cached]`."""
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-        inputs |= {"use_cache": True, "return_dict": True}
+        inputs = {"input_ids": ids, "attention_mask": mask, **using(cache)}
         if self.door.keeps_logits:
             inputs["logits_to_keep"] = 1
         with torch.no_grad(), at_hand(self.door.base):
@@ -119,3 +117,8 @@ class Model:
 def alone(row: Row) -> bool:
     """Whether a row's text has to be read by itself: a prompt's vectors stand inside it."""
     return row.found is not None and isinstance(row.found.prompt, Embeddings)
+
+
+def using(cache: Cache) -> dict[str, Any]:
+    """What a call that fills a cache is given besides its rows."""
+    return {"past_key_values": cache, "use_cache": True, "return_dict": True}
