@@ -10,6 +10,7 @@ import tiny
 import torch
 from library_kit import BASE, lent
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from softprompt import METHODS, PrefixTuningConfig, SoftPromptModel, get_peft_model
 from softprompt.checkpoint import load_adapter
@@ -22,11 +23,11 @@ TOKENS = 4
 FAMILIES = ("gpt2", "llama")  # the second has fewer heads for keys than for queries
 
 
-def prompted(family: str, method: str, dtype: torch.dtype = torch.float32, **more: object) -> SoftPromptModel:
+def prompted(family: str, method: str, **more: object) -> SoftPromptModel:
     """A tiny model with a random prompt."""
     options = {**METHODS[method].example, **more}
     config = METHODS[method].config_class(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS, **options)
-    model = get_peft_model(tiny.build(family).to(dtype), config).eval()
+    model = get_peft_model(tiny.build(family), config).eval()
     with torch.no_grad():
         for parameter in model.encoder().parameters():
             parameter.normal_()
@@ -124,11 +125,11 @@ def saved(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_base_in_a_folder_folds_the_same_and_is_let_go(tmp_path: Path, saved: Path, dtype: str) -> None:
     base = FolderBase(str(saved), BASE, dtype)
-    model = prompted("llama", "prompt_tuning", getattr(torch, dtype))
-    model.save_pretrained(tmp_path / "prompts" / "a")
+    prompted("llama", "prompt_tuning").save_pretrained(tmp_path / "prompts" / "a")
     library = served(tmp_path, base)
     version = library.get("a")
-    model = SoftPromptModel.from_pretrained(model.get_base_model(), tmp_path / "prompts" / "a")
+    again = AutoModelForCausalLM.from_pretrained(saved, dtype=getattr(torch, dtype))
+    model = SoftPromptModel.from_pretrained(again, tmp_path / "prompts" / "a")
     for found, wanted in zip(read_folded(version.folder, version.digest), model.fold().layers, strict=True):
         assert all(torch.equal(one, other[0]) for one, other in zip(found, wanted, strict=True))
         assert found[0].dtype is getattr(torch, dtype)
