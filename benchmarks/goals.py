@@ -22,6 +22,7 @@ PLAIN = tuple(name for name in EMBEDDING_METHODS if name != "P-tuning LSTM")  # 
 CPU = {"model": "gpt2", "dtype": "float32", "device": "cpu"}
 STEP = {**CPU, "p": 100, "T": 128, "B": 8}
 EACH = {**CPU, "prompts": 64}
+SERVED = {"prompts": 64, "device": "cpu"}
 GPU = {"model": "llama-1b", "dtype": "bfloat16", "device": "cuda"}
 
 
@@ -89,6 +90,14 @@ GOALS: tuple[Goal, ...] = (
         "10,000 registered adapters", "speed_loading", {"adapters": 10_000}, "resident", 50e6, under=None,
         shown="< 50 MB",
     ),
+    Goal("our server, 64 prompts: tokens/s, ours ÷ PEFT", "serving", SERVED, "speed", 5, "≥", under="PEFT"),
+    Goal("vLLM with prompts: tokens/s ÷ without", "serving_vllm", {"device": "cpu"}, "speed", 0.95, "≥"),
+    Goal("vLLM with prompts: first token ÷ without", "serving_vllm", {"device": "cpu"}, "first", 1.10),
+    Goal("server under load: wrong answers", "serving_load", {}, "wrong", 0, under=None, shown="0"),
+    Goal("server under load: requests without an answer", "serving_load", {}, "failed", 0, under=None, shown="0"),
+    Goal("server under load: cache not given back", "serving_load", {}, "held", 0, under=None, shown="0"),
+    Goal("server under load: growth of memory", "serving_load", {"case": "load"}, "growth", 20e6, under=None,
+         shown="≤ 20 MB"),
     Goal("GPU, training step: time ÷ bare", "speed_growth", {**GPU, "p": 100, "T": 512}, "time", 1.10),
     Goal("GPU, decode step ÷ bare", "speed_generate", {**GPU, "p": 4096, "B": 64}, "decode", 1.15),
 )  # fmt: skip
@@ -125,9 +134,11 @@ def _lines(folder: Path) -> Iterator[tuple[str, ...]]:
 
 
 def _shown(goal: Goal, measured: Ratio) -> str:
-    if goal.quantity == "resident":
-        return f"{measured.value / 1e6:.1f} MB"
-    return f"{measured.value:,.0f} bytes" if goal.quantity == "kv_beyond" else str(measured)
+    units = {"resident": "MB", "growth": "MB", "kv_beyond": "bytes", "wrong": "", "failed": "", "held": ""}
+    if goal.under is not None:
+        return str(measured)
+    unit = units[goal.quantity]
+    return f"{measured.value / 1e6:.1f} MB" if unit == "MB" else f"{measured.value:,.0f} {unit}".strip()
 
 
 def scoreboard(folder: Path = RESULTS) -> str:

@@ -22,6 +22,7 @@ WORDS = {"vocab_size": 50257, "pad_token_id": 0, "bos_token_id": 1, "eos_token_i
 LLAMA = {**WORDS, "max_position_embeddings": ROOM, "tie_word_embeddings": True}
 DROPOUT: dict[str, float] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TINY = {**WORDS, "vocab_size": 4096}  # that of the tokenizer in the package
+SERVED = {**TINY, "max_position_embeddings": 4096, "tie_word_embeddings": True}
 WIDE = {**WORDS, "vocab_size": 8192}  # the families of the cache door, all 512 wide and 6 layers deep
 
 # Name → (config class, its arguments). "gpt2" is GPT-2 124M's shape, "llama" a grouped-query Llama of about its size.
@@ -42,6 +43,17 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaConfig",
         {**TINY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         | {"num_key_value_heads": 2, "max_position_embeddings": 1024},
+    ),
+    # Served models: the words of the tokenizer in the package, heads of 64, few of them with keys of their own.
+    "llama-512": (
+        "LlamaConfig",
+        {**SERVED, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+        | {"num_key_value_heads": 2},
+    ),
+    "llama-2048": (  # as wide as the layers of a 1B model, so that a prompt weighs as little as there
+        "LlamaConfig",
+        {**SERVED, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8},
     ),
     "gpt2-512": ("GPT2Config", {**WIDE, **DROPOUT, "n_embd": 512, "n_layer": 6, "n_head": 8, "n_positions": 2048}),
     "bloom-512": ("BloomConfig", {**WIDE, "hidden_size": 512, "n_layer": 6, "n_head": 8}),
@@ -68,9 +80,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(shape: str, dtype: str, device: str) -> Any:
-    """The frozen model, seeded."""
+    """The frozen model, seeded; the one in the package is trained, and never ends an answer by itself here."""
     import transformers
 
+    if shape == "embedded":
+        from softprompt.embedded import PATH
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(PATH, dtype=getattr(torch, dtype)).to(device)
+        model.generation_config.eos_token_id = None
+        return model.requires_grad_(False).eval()
     name, options = SHAPES[shape]
     torch.manual_seed(0)
     with torch.device(device):

@@ -11,7 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from goals import goals_of
 from measure import Makers, Result, compare, number, ratio, values
 from shapes import build
 
-UNITS = {"ms": (1e3, "ms"), "s": (1, "s"), "MB": (1e-6, "MB"), "GFLOP": (1e-9, "GFLOP"), "/s": (1, "/s")}
+UNITS = {"ms": (1e3, "ms"), "s": (1, "s"), "MB": (1e-6, "MB"), "GFLOP": (1e-9, "GFLOP"), "/s": (1, "/s"), "": (1, "")}
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ class Table:
     groups: Callable[[Options], Iterator[Group]]
     columns: Sequence[Column]
     note: str
+    around: Callable[[Options], AbstractContextManager[None]] | None = None  # what is there while its groups run
 
     @cached_property
     def header(self) -> list[str]:
@@ -161,7 +162,8 @@ def _cell(column: Column, arms: Mapping[str, Result], name: str) -> str:
         if quotient is not None:
             return str(quotient)
     factor, unit = UNITS[column.unit]
-    return f"{number(statistics.median(found) * factor)} {unit}"
+    value = statistics.median(found) * factor
+    return f"{number(value)} {unit}" if unit else f"{value:,.0f}"
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -169,11 +171,15 @@ def _cell(column: Column, arms: Mapping[str, Result], name: str) -> str:
 
 def run(asked: Table, options: Options, records: Records, only: str | None) -> None:
     """Measure the groups that are asked for and keep each at once, in place of an older one."""
-    for group in asked.groups(options):
-        if (options.quick and not group.quick) or (only and not re.search(only, group.label)):
-            continue
-        print(f"# {asked.name}: {group.label}", flush=True)
-        records.put({"setting": group.setting}, _in_its_own_process(lambda group=group: _measured(group, options)))
+    wanted = [
+        group
+        for group in asked.groups(options)
+        if (group.quick or not options.quick) and (not only or re.search(only, group.label))
+    ]
+    with asked.around(options) if asked.around and wanted else nullcontext():
+        for group in wanted:
+            print(f"# {asked.name}: {group.label}", flush=True)
+            records.put({"setting": group.setting}, in_its_own_process(lambda group=group: _measured(group, options)))
 
 
 def _measured(group: Group, options: Options) -> dict[str, Any]:
@@ -189,7 +195,7 @@ def _measured(group: Group, options: Options) -> dict[str, Any]:
     return {"seconds": round(time.perf_counter() - begun, 1), "machine": machine(options.device), "arms": arms}
 
 
-def _in_its_own_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def in_its_own_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `work` returns, done by a process of its own: what one group leaves in memory disturbs no other."""
     context = multiprocessing.get_context("fork")  # nothing has been computed here, so no thread is lost
     ours, theirs = context.Pipe(duplex=False)
