@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,8 @@ from page_kit import (
     wait_for,
 )
 from playwright.sync_api import Browser, Page, expect
+
+from softprompt.report import visible
 
 BASE, WORDS, TALE, FREE = "base", "pets/words", "tale", "free"
 TEXT = "Once upon a time there was a little dog named"
@@ -167,13 +168,12 @@ def test_a_wrong_key_shows_what_the_server_says(page: Page, server: str, browser
 
 def test_errors_of_the_server_are_shown_as_they_are(page: Page, server: str) -> None:
     choose(page, [BASE, TALE])
-    for settings in ({"max_tokens": "-1"}, {"max_tokens": "100000"}, {"max_tokens": "5", "temperature": "-3"}):
-        ask(page, TEXT, **settings)
+    for text, temperature in ((TEXT, -3), ("word " * 2000, 0)):
+        ask(page, text, temperature=str(temperature))
         wait_for(page, [BASE, TALE], "failed")
-        body: dict[str, Any] = {"temperature": 0, **{name: json.loads(value) for name, value in settings.items()}}
         for name in (BASE, TALE):
-            expected = said(api(server, "v1/completions", {"model": name, "prompt": TEXT, **body}))
-            expect(part(page, name, "error")).to_have_text(expected)
+            body = {"model": name, "prompt": text, "temperature": temperature, "max_tokens": 64}
+            expect(part(page, name, "error")).to_have_text(said(api(server, "v1/completions", body)))
     ask(page, TEXT, max_tokens="2", temperature="0")
     wait_for(page, [BASE, TALE], "done")
     expect(part(page, BASE, "error")).to_be_hidden()
@@ -186,7 +186,7 @@ def test_nearest_tokens(page: Page, server: str) -> None:
     first = api(server, f"v1/prompts/{WORDS}/nearest").json()["tokens"][0]
     for place, (word, cosine) in enumerate(first):
         line = tokens.first.locator("div").nth(place)
-        expect(line.locator("code")).to_have_text(word.strip())
+        expect(line.locator("code")).to_have_text(visible(word))
         expect(line.locator("span")).to_have_text(f"{cosine:.2f}")
     assert first[0][1] == pytest.approx(1, abs=1e-3)  # it was made of words
     check_layout(page)
@@ -240,15 +240,13 @@ def test_layout_and_picture(page: Page, tmp_path: Path) -> None:
     ask(page, TEXT, max_tokens="40")
     wait_for(page, names, "done")
     assert page.evaluate(NAMELESS) == []
-    for scheme in ("light", "dark"):
+    for scheme, width in (("light", 390), ("light", 1280), ("dark", 1280)):
         page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": width, "height": 900})
+        check_layout(page)
         assert page.evaluate(FAINT) == []
-        for width in (1280, 390):
-            page.set_viewport_size({"width": width, "height": 900})
-            check_layout(page)
-            page.screenshot(path=tmp_path / f"{scheme}-{width}.png", full_page=True)
-            assert colours(tmp_path / f"{scheme}-{width}.png") > 50
-    page.set_viewport_size({"width": 1280, "height": 900})
+        page.screenshot(path=tmp_path / f"{scheme}-{width}.png", full_page=True)
+        assert colours(tmp_path / f"{scheme}-{width}.png") > 50
     tops = [card(page, name).bounding_box() for name in names]
     assert len({box["y"] for box in tops if box}) == 1, "three answers stand side by side on a wide page"
     page.goto("about:blank")
