@@ -130,7 +130,7 @@ def save_story(base: Any, folder: Path) -> None:
     tokenizer = tiny.tokenizer()
     count = len(tokenizer(STORY)["input_ids"])
     model = get_peft_model(base, kit.config_of("prefix_tuning", count))
-    initialize_kv_prefix_from_text(model, tokenizer, STORY)
+    initialize_kv_prefix_from_text(model, tokenizer, text=STORY, use_chat_template=False)
     model.save_pretrained(folder)
 
 

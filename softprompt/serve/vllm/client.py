@@ -91,7 +91,7 @@ class PromptClient:
         the request shares none.
         """
         asked, params = entered.params, entered.params.clone()
-        params.n, params.max_tokens, params.min_tokens, params.logprobs = 1, 1, 0, None
+        params.n, params.max_tokens, params.min_tokens, params.logprobs, params.logprob_token_ids = 1, 1, 0, None, None
         params.detokenize, params.stop, params.structured_outputs = False, [], None
         params.flat_logprobs, params.output_kind = False, RequestOutputKind.FINAL_ONLY
         params.skip_reading_prefix_cache = False

@@ -42,7 +42,7 @@ class Prefixes:
         pairs = self._held.get(digest)
         if pairs is None:
             pairs = self._read(digest)
-            self._keep(digest, pairs)
+            self._keep(digest, pairs)  # which may be not at all
         else:
             self._held.move_to_end(digest)
         return pairs
