@@ -191,6 +191,7 @@ def run(options: ServeOptions) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # so that what is temporary is cleaned up
     with _bound(options.host, options.port) as bound, suppress(KeyboardInterrupt):
         logging.config.dictConfig(log_settings())
+        logging.captureWarnings(True)
         with open_app(options) as app:
             config = uvicorn.Config(
                 app,

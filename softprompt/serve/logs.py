@@ -122,7 +122,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_settings() -> dict[str, Any]:
-    """For `logging.config.dictConfig`: our lines and uvicorn's to stderr as JSON, without uvicorn's access log."""
+    """For `logging.config.dictConfig`: every line to stderr as JSON; of others than us and uvicorn, warnings only."""
     ours = {"handlers": ["stderr"], "level": "INFO", "propagate": False}
     return {
         "version": 1,
@@ -130,4 +130,5 @@ def log_settings() -> dict[str, Any]:
         "formatters": {"json": {"()": "softprompt.serve.logs.JsonFormatter"}},
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stderr"}},
         "loggers": {"softprompt": ours, "uvicorn": ours},
+        "root": {"handlers": ["stderr"], "level": "WARNING"},
     }
