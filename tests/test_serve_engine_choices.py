@@ -64,7 +64,7 @@ def test_top_k_of_one_and_little_top_p_are_greedy(served: Served) -> None:
 def test_penalties(served: Served) -> None:
     """Against the formula, token by token; a row without any is untouched beside them."""
     ids = rows(1)[0]
-    wanted = {"presence_penalty": 0.4, "frequency_penalty": 0.3}
+    wanted: dict[str, Any] = {"presence_penalty": 0.4, "frequency_penalty": 0.3}
     asks = [served.ask("words", ids, max_tokens=24, ignore_eos=True, **wanted), served.ask("words", ids, max_tokens=24)]
     got, plain = (tokens_of(each) for each in together(served.engine, asks))
     scores = scores_of(served, "words", ids, got)
