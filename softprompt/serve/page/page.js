@@ -69,7 +69,8 @@ function drawList() {
   const found = [...models.values()].filter((model) => model.id.toLowerCase().includes(wanted));
   $("prompts").replaceChildren(...found.slice(0, DRAWN).map(entry));
   const more = found.length - DRAWN;
-  $("count").textContent = more > 0 ? `and ${number(more)} more: type a part of the name` : found.length || !models.size ? "" : "no such name";
+  const none = found.length || !models.size ? "" : "no such name";
+  $("count").textContent = more > 0 ? `and ${number(more)} more: type a part of the name` : none;
   limit();
 }
 
