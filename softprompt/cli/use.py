@@ -29,6 +29,7 @@ from softprompt.evaluate import (
     predict_labels,
     score_texts,
 )
+from softprompt.export.mlx import save_mlx_cache
 from softprompt.inspect_prompt import PromptFacts, describe, describe_kv, saved_kv
 from softprompt.loading import Dispatch, load_base, load_tokenizer
 from softprompt.methods import PrefixTuningConfig
@@ -201,7 +202,8 @@ def facts_of(prompt: Path, model: str | None, nearest: int) -> tuple[PromptFacts
     return replace(facts, nearest=nearest_tokens(vectors, words, tokenizer, nearest)), ""
 
 
-TARGETS = ("kv", "prefix", "peft", "prompt_tuning")
+TARGETS = ("kv", "prefix", "peft", "prompt_tuning", "mlx")
+ONE_FILE = ("kv", "mlx")
 
 
 def convert_prompt(prompt: Path, to: str, out: Path, model: str | None, task: str | None = None) -> str:
@@ -211,9 +213,9 @@ def convert_prompt(prompt: Path, to: str, out: Path, model: str | None, task: st
     """
     if to not in TARGETS:
         raise ConfigError(f"--to {to} is not known{did_you_mean(to, TARGETS)}")
-    if to == "kv" and out.is_dir():
+    if to in ONE_FILE and out.is_dir():
         raise ConfigError(f"--out {out} is a folder; give the name of a file, such as {out / 'prefix.safetensors'}")
-    if to != "kv" and out.exists() and not out.is_dir():
+    if to not in ONE_FILE and out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; give the name of a folder")
     if to == "peft":
         saved = load_adapter(prompt)
@@ -228,7 +230,12 @@ def convert_prompt(prompt: Path, to: str, out: Path, model: str | None, task: st
     if to == "prompt_tuning":
         fold_task(prompt, out, task)
         return f"{out}: PROMPT_TUNING" + (f" for task {task}" if task else "")
+    model = _base_of(prompt, model) if to == "mlx" else model
     kv = KV.load(prompt) if prompt.is_file() else _folded(prompt, model, task)
+    if to == "mlx":
+        assert model is not None
+        save_mlx_cache(kv, out, model)
+        return f"{out}: a prompt cache of mlx-lm, {kv.length} virtual tokens before {model}"
     if to == "kv":
         kv.save(out)
         return f"{out}: keys and values of {kv.length} virtual tokens for {len(kv.layers)} layers"
@@ -236,6 +243,17 @@ def convert_prompt(prompt: Path, to: str, out: Path, model: str | None, task: st
     flat = twice(kv.flat(), len(kv.layers)) if config.paired else kv.flat()
     save_adapter(out, config.as_saved(), {"prompt_embeddings": flat})
     return f"{out}: PREFIX_TUNING with {kv.length} virtual tokens"
+
+
+def _base_of(prompt: Path, model: str | None) -> str:
+    """The base model of a prompt, which no flag need name where the prompt does. ConfigError."""
+    if prompt.is_file() and model is None:
+        raise ConfigError(f"{prompt} does not say which base model it is for; give it by --model")
+    if prompt.is_file():
+        return str(model)
+    saved, recipe = read_saved(prompt)
+    named = model or (None if recipe else saved.config.base_model_name_or_path)
+    return base_name(named, recipe, prompt)
 
 
 def _folded(prompt: Path, model: str | None, task: str | None) -> KV:
