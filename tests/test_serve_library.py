@@ -17,9 +17,11 @@ from store_kit import CONFIG, WEIGHTS, table, write
 from softprompt import MultitaskPromptTuningConfig, PrefixTuningConfig, PromptStore, get_peft_model
 from softprompt.checkpoint import save_adapter
 from softprompt.errors import ConfigError, UnsupportedError
+from softprompt.serve.adapters import settled
 from softprompt.serve.base import LentBase
 from softprompt.serve.library import Changes, PromptLibrary, UnknownPromptError
 from softprompt.serve.watch import watching
+from softprompt.store.stamps import stamps_of
 
 __all__ = ["base", "library"]  # fixtures
 
@@ -59,13 +61,15 @@ def test_a_digest_is_of_what_a_prompt_holds_and_stands_before(tmp_path: Path) ->
     other[3, 31] = torch.nextafter(other[3, 31], torch.tensor(9.0))
     one[0, 0], minus[0, 0] = 0.0, -0.0
     other[0, 0] = 0.0
-    for name, values in (("one", one), ("other", other), ("minus", minus), ("half", one.half()), ("again", one)):
+    half = one.half()
+    typed = {"half": half, "brain": half.view(torch.bfloat16)}  # of the same bytes
+    for name, values in {"one": one, "other": other, "minus": minus, "again": one, **typed}.items():
         put(prompts / name, values)
     save_adapter(prompts / "placed", replace(CONFIG, placement="after_bos"), {"prompt_embeddings": one})
     (prompts / "old").mkdir()
     shutil.copy(prompts / "one" / "adapter_config.json", prompts / "old")
     torch.save({"prompt_embeddings": one}, prompts / "old" / "adapter_model.bin")
-    assert torch.equal(one.half().float(), one)  # half differs in its type alone
+    assert torch.equal(half.float(), one)  # half differs in its type alone
 
     bases = [lent(), lent(fingerprint="e" * 64), lent(dtype=torch.bfloat16)]
     found = []
@@ -78,7 +82,7 @@ def test_a_digest_is_of_what_a_prompt_holds_and_stands_before(tmp_path: Path) ->
     folded = PromptLibrary(prompts, bases[0], tmp_path / "objects", folded=True)
     folded.scan()
     found.append(folded.get("one").digest)
-    assert len(set(found)) == len(found) == 3 * 5 + 1
+    assert len(set(found)) == len(found) == 3 * 6 + 1
     assert all(len(each) == 64 and set(each) <= set("0123456789abcdef") for each in found)
 
 
@@ -100,6 +104,15 @@ def test_every_change_is_seen_however_fast(library: PromptLibrary, tmp_path: Pat
             file.write(torch.tensor(float(number)).numpy().tobytes())
         library.scan()
         assert table_of(library.get("a"))[-1, -1] == number
+
+
+def test_stamps_of_a_moment_ago_are_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system's clock has steps: a second change within one would not show."""
+    stamps = stamps_of(str(write(tmp_path / "a", 1)))
+    latest = max(stamp[4] for stamp in stamps if stamp is not None)
+    for after, expected in ((0, False), (4_000_000, False), (1_000_000_000, True)):
+        monkeypatch.setattr("time.time_ns", lambda after=after: latest + after)
+        assert settled(stamps) is expected
 
 
 # ---- replaced, refused, removed ----------------------------------------------------------------------------------
