@@ -102,7 +102,7 @@ class Stage:
         self.spare = self.folder / "spare"  # what files are replaced by
         save_prompts(base, self.spare / "good", prompts, LENGTHS)
         shutil.copytree(self.spare / "good" / "p5", self.spare / "new")  # of another kind and length than p4
-        save_prompts(build("tiny-llama", "float32", "cpu"), self.spare / "other", 1, [4])
+        save_prompts(build("tiny-llama", "float32", "cpu"), self.spare / "other", 1, [4], ["prompt tuning"])
         self.tokenizer = load_tokenizer(str(where))
         self.wordings = texts(self.tokenizer, wordings, 3, 12)
         self.model = self._loaded(prompts)

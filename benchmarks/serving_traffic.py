@@ -67,17 +67,22 @@ class Outcome:
     @property
     def wrong(self) -> bool:
         """It got an answer that is not the prompt's own; one that was not waited for must have begun like it."""
-        right = [answers[self.call.new - 1] for answers in self.call.question.answers]
+        text, right = whole(self.text), [whole(answers[self.call.new - 1]) for answers in self.call.question.answers]
         if self.error is not None:
             return False
         if self.call.leaves:
-            return not any(answer.startswith(self.text) for answer in right)
+            return not any(answer.startswith(text) for answer in right)
         counted = self.usage in ({}, self._usage())
-        return self.text not in right or self.finish != "length" or not counted
+        return text not in right or self.finish != "length" or not counted
 
     def _usage(self) -> dict[str, int]:
         prompt, new = self.call.question.tokens, self.call.new
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def whole(text: str) -> str:
+    """Without the bytes at its end that are no character yet, which servers keep back."""
+    return text.rstrip("\ufffd")
 
 
 # ---- offline ---------------------------------------------------------------------------------------------------------
@@ -218,11 +223,14 @@ def verdict(outcomes: Sequence[Outcome]) -> dict[str, float]:
     done = [outcome for outcome in outcomes if outcome.error is None]
     firsts = sorted(outcome.first for outcome in done if outcome.call.stream) or [0.0]
     errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+    wrong = [outcome for outcome in outcomes if outcome.wrong]
     for error in errors[:1]:
         print(f"# the first of {len(errors)} failures: {error}", flush=True)
+    for outcome in wrong[:1]:
+        print(f"# the first of {len(wrong)} wrong answers: {outcome}", flush=True)
     return {
         "answered": len(done),
-        "wrong": sum(outcome.wrong for outcome in outcomes),
+        "wrong": len(wrong),
         "failed": len(errors),
         "again": sum(outcome.tries - 1 for outcome in outcomes),
         "left": sum(outcome.call.leaves for outcome in done),
