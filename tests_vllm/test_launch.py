@@ -23,8 +23,8 @@ def options(tmp_path: Path) -> ServeOptions:
 def test_command(options: ServeOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     arguments, environment = command(replace(options, max_length=100), ["--enforce-eager"])
-    assert arguments[:2] == ["serve", "some/base"] and arguments[-1] == "--enforce-eager"
-    given = dict(zip(arguments[2:-1:2], arguments[3:-1:2], strict=True))
+    assert arguments[0] == "-m" and arguments[3] == "some/base" and arguments[-1] == "--enforce-eager"
+    given = dict(zip(arguments[4:-1:2], arguments[5:-1:2], strict=True))
     assert given["--served-model-name"] == "base" and given["--max-model-len"] == "100"
     assert environment["VLLM_PLUGINS"] == "other,softprompt"
     assert environment["SOFTPROMPT_ADMIN_KEY"] == "secret" not in " ".join(arguments)

