@@ -28,10 +28,10 @@ def main() -> None:
         raise SystemExit("no chromium on the PATH")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
-        page = browser.new_page(viewport={"width": 1280, "height": 780})
+        page = browser.new_page(viewport={"width": 1280, "height": 700})
         page.goto(options.url)
         fill(page)
-        page.screenshot(path=options.out)
+        page.screenshot(path=options.out, full_page=True)
         browser.close()
     size = options.out.stat().st_size
     if size > MOST_BYTES:
@@ -44,7 +44,7 @@ def fill(page: Page) -> None:
     expect(page.locator("#prompts li")).not_to_have_count(0)
     for box in page.locator("#prompts input").all():
         box.set_checked(box.input_value() in NAMES)
-    page.get_by_label("Max tokens").fill("48")
+    page.get_by_label("Max tokens").fill("32")
     page.get_by_label("Text", exact=True).fill(TEXT)
     for _ in range(2):
         page.keyboard.press("Control+Enter")
