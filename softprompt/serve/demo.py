@@ -37,7 +37,7 @@ class DemoPrompt:
 
 DEMO_PROMPTS = (
     DemoPrompt("describe", "prefix_tuning", lambda card, text: {"in": card, "out": text}),
-    DemoPrompt("card", "p_tuning", lambda card, text: {"in": text, "out": card}),
+    DemoPrompt("card", "prefix_tuning", lambda card, text: {"in": text, "out": card}),
     DemoPrompt("title", "prompt_tuning", lambda card, text: {"in": card, "out": card.split(" | ")[0].split(": ")[1]}),
 )
 TEMPLATE = "{in} => {out}"
@@ -74,7 +74,7 @@ def train_prompt(prompt: DemoPrompt, out: Path, steps: int, console: Console) ->
             train=str(files["train"]), eval=str(files["eval"]), template=TEMPLATE, method=prompt.method,
             out=str(run), steps=steps,
         ),
-        resume=True,
+        resume=run.exists(),
         console=console,
     )  # fmt: skip
 
