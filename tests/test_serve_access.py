@@ -91,14 +91,14 @@ def test_what_else_a_key_opens(api: Api) -> None:
     assert statuses("/health") == statuses("/") == statuses("/openapi.json") == [200] * 4
     assert statuses("/metrics") == [401, 403, 200, 200]
     assert statuses("/v1/prompts") == [401, 200, 200, 200]
-    assert statuses("/v1/nothing") == statuses("/v1/../metrics") == statuses("/v1/models/../x") == [401, 403, 404, 404]
+    assert statuses("/v1/nothing") == [401, 403, 404, 404]
     seen = {key: {row["name"] for row in api.get("/v1/prompts", key).json()["data"]} for key in (ALICE, OPERATOR)}
     assert seen == {ALICE: {"kv", "team/guest"}, OPERATOR: {"filled", "kv", "team/guest", "words"}}
     assert api.get("/v1/prompts/words/nearest", ALICE).status_code == 404
     assert api.get("/v1/prompts/words/nearest", OPERATOR).status_code == 200
     for kind in ("Basic", "Token", ""):
         headers = {"Authorization": f"{kind} {OPERATOR}".strip()}
-        assert httpx.get(f"{api.address}/v1/models", headers=headers).status_code == 401
+        assert api.http.get("/v1/models", headers=headers).status_code == 401
 
 
 def test_only_the_admin_loads_and_unloads(api: Api) -> None:

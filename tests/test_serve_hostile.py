@@ -18,7 +18,7 @@ from api_kit import BASE, TEXT, Api, Prompts, complete, serving, write_prompts
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
-ADMIN = "sk-admin"
+ADMIN, OTHER = "sk-admin", "somebody else"
 NAMES = (
     "../../etc/passwd", "/etc/passwd", "..", ".", "./kv", "kv/../../../etc/passwd", "..\\..\\windows\\win.ini", "kv\0",
     "\0", "kv\n", "%2e%2e%2fetc%2fpasswd", "file:///etc/passwd", "s3://bucket/key", "~root", "kv ", "-rf",
@@ -47,6 +47,8 @@ watched = threading.Event()
 
 
 def note(event: str, arguments: tuple[Any, ...]) -> None:
+    if threading.current_thread().name == OTHER:
+        return  # OpenAI's client, which looks at what system it is on
     if watched.is_set() and event in ("open", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.remove"):
         touched.append(str(arguments[0]))
 
@@ -91,7 +93,7 @@ def _others_are_served(prompts: Prompts, api: Api) -> Iterator[None]:
                 if (text := complete(client).choices[0].text) != expected:
                     wrong.append(text)
 
-    other = threading.Thread(target=ask)
+    other = threading.Thread(target=ask, name=OTHER)
     other.start()
     yield
     stop.set()
@@ -137,22 +139,21 @@ class Raw:
 # ---- names -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", range(len(NAMES)))
-def test_hostile_names(api: Api, number: int) -> None:
-    name, raw = NAMES[number], Raw(api)
+def test_hostile_names(api: Api) -> None:
+    raw = Raw(api)
     with no_file_outside(api):
-        for path, body in BODIES.items():
-            field = "name" if path == "/v1/prompts/load" else "model"
-            status, answer = raw.ask("POST", path, json.dumps({**body, field: name}).encode())
+        for name in NAMES:
+            for path, body in BODIES.items():
+                field = "name" if path == "/v1/prompts/load" else "model"
+                status, answer = raw.ask("POST", path, json.dumps({**body, field: name}).encode())
+                check(status, answer, (400, 404, 413, 422))
+                assert status != 200, (path, name)
+            status, answer = raw.ask("POST", "/v1/prompts/unload", json.dumps({"name": name}).encode())
             check(status, answer, (400, 404, 413, 422))
-            assert status != 200
-        status, answer = raw.ask("POST", "/v1/prompts/unload", json.dumps({"name": name}).encode())
-        check(status, answer, (400, 404, 413, 422))
-        if len(name) < 10_000:  # longer than a line of HTTP may be
-            address = quote(name.encode("utf-8", "surrogatepass"), safe="")
-            for path in (f"/v1/models/{address}", f"/v1/prompts/{address}/nearest", f"/page/{address}", f"/{address}"):
-                status, answer = raw.ask("GET", path)
-                check(status, answer)
+            if len(name) < 10_000:  # longer than a line of HTTP may be
+                address = quote(name.encode("utf-8", "surrogatepass"), safe="")
+                for path in (f"/v1/models/{address}", f"/v1/prompts/{address}/nearest", f"/page/{address}"):
+                    check(*raw.ask("GET", path))
     raw.close()
     assert sorted(api.service.library.names()) == ["filled", "kv", "team/guest", "words"]
 
@@ -211,7 +212,7 @@ def ask_by_chance(api: Api, count: int) -> set[int]:
 
 
 def test_malformed_requests(api: Api) -> None:
-    assert {200, 400, 404, 405} <= ask_by_chance(api, 400)
+    assert {200, 400, 404, 405} <= ask_by_chance(api, 200)
 
 
 @pytest.mark.slow
@@ -234,7 +235,9 @@ def ask_by_document(api: Api, count: int, mode: GenerationMode) -> None:
 
 
 def ask_operation(api: Api, operation: Any, mode: GenerationMode, count: int) -> None:
-    turns = iter(range(1 << 30))
+    if mode is GenerationMode.NEGATIVE and not len(operation.body):
+        return  # nothing about it can be wrong: names are any text
+    turns, raw = iter(range(1 << 30)), Raw(api)
 
     @settings(
         max_examples=count, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
@@ -244,13 +247,16 @@ def ask_operation(api: Api, operation: Any, mode: GenerationMode, count: int) ->
     def ask(case: Any) -> None:
         if isinstance(case.body, dict) and "model" in case.body and next(turns) % 2:
             case.body = {**case.body, "model": "kv"}
-        answer = case.call(base_url=api.address, session=session, headers={"Authorization": f"Bearer {ADMIN}"})
-        check(answer.status_code, answer.content)
+        made = case.as_transport_kwargs(base_url=api.address)
+        fields = ("method", "url", "headers", "params", "json", "data", "cookies", "files")
+        ready = requests.Request(**{name: made[name] for name in fields if name in made}).prepare()
+        body = ready.body.encode() if isinstance(ready.body, str) else ready.body
+        check(*raw.ask(ready.method, ready.path_url, body, ready.headers.get("Content-Type", "application/json")))
 
-    with requests.Session() as session:
-        ask()
+    ask()
+    raw.close()
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_requests_from_the_document(api: Api, mode: GenerationMode) -> None:
-    ask_by_document(api, 100, mode)
+    ask_by_document(api, 60, mode)
