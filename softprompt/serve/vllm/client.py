@@ -88,7 +88,7 @@ class PromptClient:
 
         They come from a request of its own. vLLM's runner leaves what it has not computed, here the virtual tokens'
         part, as whatever was in memory: numbers that no tokenizer must see. And blocks from the cache have none, so
-        the request shares none.
+        the request shares none. A token that is part of a character reads "�", without regard to its neighbours.
         """
         asked, params = entered.params, entered.params.clone()
         params.n, params.max_tokens, params.min_tokens, params.logprobs, params.logprob_token_ids = 1, 1, 0, None, None
