@@ -131,7 +131,8 @@ class PromptPool:
         del self._users[key]
         place, last = self._keys.index(key), len(self._keys) - 1
         self._keys[place], self._lengths[place] = self._keys[last], self._lengths[last]
-        self._keys.pop(), self._lengths.pop()
+        self._keys.pop()
+        self._lengths.pop()
         if not self._keys:
             self._kv = None
             return
