@@ -92,6 +92,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python scripts/fill_readme.py
 
 bench-quality: $(VENV)/.dev
+	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/quality_e2e.py --model stories260K --steps 150 --grid-steps 60
 	$(BIN)/python benchmarks/quality_e2e.py --model embedded --steps 100 --grid-steps 30 --like stories260K --finalists 1
 	$(BIN)/python benchmarks/quality_sst2.py

@@ -123,8 +123,8 @@ _CHOOSING = {  # a classifier's
         Setting("ours", options=options)
         for options in (
             {},
-            {"method": "prefix_tuning", "learning_rate": 0.05, "head_learning_rate": 0.1},
-            {"method": "prefix_tuning", "learning_rate": 0.2, "head_learning_rate": 0.1},
+            {"method": "prefix_tuning", "learning_rate": 0.05, "head_learning_rate": 0.01},
+            {"method": "prefix_tuning", "learning_rate": 0.2, "head_learning_rate": 0.01},
             {"method": "p_tuning"},
         )
     ],

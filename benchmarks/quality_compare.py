@@ -69,7 +69,7 @@ def comparisons(results: Sequence[Result]) -> list[str]:
     header = ["task", "measure", "ours, default", "ours, best", "PEFT, best", "PEFT, default", "ours − PEFT's best",
               "p", "steps to PEFT's lowest dev loss"]  # fmt: skip
     text = table(header, lines)
-    return ["**Ours beside PEFT's**\n\n" + text, *_gap(results), _overall(results)]
+    return ["**Ours beside PEFT's**\n\n" + text, *_gap(results), _goals(results), _overall(results)]
 
 
 def _line(name: str, group: Sequence[Result]) -> list[str]:
@@ -108,9 +108,16 @@ def paired_t(apart: Sequence[float]) -> str:
 
 
 def reached(group: Sequence[Result]) -> str:
-    """The step at which our dev loss is as low as PEFT's ever is, of that at which PEFT's is; means over seeds.
+    """`steps_to` as text; a run of ours that never gets there is counted aloud."""
+    ours, theirs, never, runs = steps_to(group)
+    missed = f" ({never} of {runs} never)" if never else ""
+    return f"{ours:.0f} of {theirs:.0f}{missed}" if runs else "–"
 
-    A run that never gets there counts with all its steps, and is counted aloud.
+
+def steps_to(group: Sequence[Result]) -> tuple[float, float, int, int]:
+    """The step at which our dev loss is as low as PEFT's ever is, and that at which PEFT's is (means over runs).
+
+    Then in how many runs ours never is (they count with all their steps), and how many runs there are.
     """
     ours_at, theirs_at, never = [], [], 0
     for result in group:
@@ -124,9 +131,52 @@ def reached(group: Sequence[Result]) -> str:
             ours_at.append(steps[0] if steps else row["curve"][-1][0])
             theirs_at.append(last)
     if not ours_at:
-        return "–"
-    missed = f" ({never} of {len(ours_at)} never)" if never else ""
-    return f"{statistics.mean(ours_at):.0f} of {statistics.mean(theirs_at):.0f}{missed}"
+        return 0.0, 0.0, 0, 0
+    return statistics.mean(ours_at), statistics.mean(theirs_at), never, len(ours_at)
+
+
+def _goals(results: Sequence[Result]) -> str:
+    """What was aimed at, and what was reached."""
+    groups = list(groups_of(results).values())
+    best, default = (
+        [ahead for each in groups if (ahead := who_is_ahead(each, arm)) is not None] for arm in (BEST, DEFAULT)
+    )
+    lines = [
+        ["ahead of PEFT's best on 4 of 5 tasks", f"{sum(best)} of {len(best)}", sum(best) >= 4],
+        ["ahead of PEFT's defaults on all tasks", f"{sum(default)} of {len(default)}", all(default)],
+    ]
+    closed = share_closed([result for result in results if result.task.name == "e2e"])
+    if closed is not None:
+        share, size = closed
+        goal = "E2E loss: 85 % of the gap closed with at most 0.5 % of the parameters"
+        lines.append([goal, f"{share:.0%} with {size:.2%}", share >= 0.85 and size <= 0.005])
+    steps = [found for each in groups if (found := steps_to(each))[3]]
+    if steps:
+        half = sum(ours <= theirs / 2 for ours, theirs, *_ in steps)
+        goal = "PEFT's lowest dev loss in at most half of its steps, on every task"
+        lines.append([goal, f"on {half} of {len(steps)}", half == len(steps)])
+    spread = spread_ratio(results)
+    if spread:
+        lines.append(
+            [
+                "spread of test losses over seeds ÷ PEFT's best, median of tasks ≤ 1",
+                spread,
+                float(spread.split()[0]) <= 1,
+            ]
+        )
+    shown = [[goal, measured, "yes" if met else "**no**"] for goal, measured, met in lines]
+    return "**Goals, for ours by default**\n\n" + table(["goal", "measured", "met"], shown)
+
+
+def share_closed(results: Sequence[Result]) -> tuple[float, float] | None:
+    """Of the way from the frozen model's loss to the fully tuned one's, and the share of parameters it took."""
+    for result in results:
+        loss = [result.values(arm, "loss").values() for arm in ("frozen", "full", OURS)]
+        if all(loss):
+            frozen, full, ours = (statistics.mean(values) for values in loss)
+            row = result.arms[OURS][0]
+            return (frozen - ours) / (frozen - full), row["parameters"] / row["base"]
+    return None
 
 
 def _gap(results: Sequence[Result]) -> list[str]:
@@ -150,12 +200,8 @@ def _gap(results: Sequence[Result]) -> list[str]:
 
 
 def _overall(results: Sequence[Result]) -> str:
-    """How often ours is ahead of PEFT's best, the test over all runs, and whose runs differ more between seeds."""
+    """The test over all runs."""
     parts = []
-    won = [who_is_ahead(group) for group in groups_of(results).values()]
-    won = [ahead for ahead in won if ahead is not None]
-    if won:
-        parts.append(f"Ours by default is ahead of PEFT's best on {sum(won)} of {len(won)} tasks (mean over seeds).")
     apart = loss_ratios(results)
     if apart:
         lower = sum(value < 0 for value in apart)
@@ -164,16 +210,13 @@ def _overall(results: Sequence[Result]) -> str:
             f"Of {len(apart)} runs (tasks × seeds) ours has the lower test loss in {lower}, by {-mean:.1%} in the mean"
             f"{wilcoxon(apart)}."
         )
-    spreads = spread_ratio(results)
-    if spreads:
-        parts.append(f"Standard deviation of the test loss over seeds, ours ÷ PEFT's best, median of tasks: {spreads}.")
     return " ".join(parts) + "\n"
 
 
-def who_is_ahead(group: Sequence[Result]) -> bool | None:
-    """Whether ours is better than PEFT's best by the measure that decides; None where one is missing."""
+def who_is_ahead(group: Sequence[Result], arm: str = BEST) -> bool | None:
+    """Whether ours is better than another arm by the measure that decides; None where one is missing."""
     measure = group[0].task.measures[0]
-    ours, theirs = (mean_values(group, arm, measure) for arm in (OURS, BEST))
+    ours, theirs = (mean_values(group, each, measure) for each in (OURS, arm))
     seeds = set(ours) & set(theirs)
     if not seeds:
         return None

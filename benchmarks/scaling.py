@@ -16,11 +16,13 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import resource
 import socket
 import statistics
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def _measure(asked: argparse.Namespace, records: Records, place: Path) -> None:
     load_tokenizer(EMBEDDED).save_pretrained(place / "base")
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     del model
-    rows = [{"text": f"{n} " + "the cat sat on the mat and ate " * 30, "answer": "a fish " * 4} for n in range(256)]
+    rows = [{"text": f"{n} " + "the cat sat on the mat and ate " * 9, "answer": "a fish " * 4} for n in range(256)]
     (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = [int(number) for number in asked.sizes.split(",")]
     cases = [(method, count, shard) for method in METHODS for count in sizes for shard in (False, True)]
@@ -86,7 +88,12 @@ def _run(place: Path, method: str, count: int, shard: bool, steps: int, name: st
     members = [context.Process(target=_member, args=(n, count, port, recipe, told)) for n in range(count)]
     for member in members:
         member.start()
-    found = [told.get(timeout=900) for _ in members]
+    found: list[dict[str, Any]] = []
+    while len(found) < count:
+        if any(member.exitcode for member in members):
+            raise SystemExit("a process has failed; its error stands above")
+        with suppress(queue.Empty):
+            found.append(told.get(timeout=1))
     for member in members:
         member.join()
     return {
@@ -131,7 +138,7 @@ def _table(records: Records) -> str:
     base = f"{last['base_bytes'] / 1e6:,.0f} MB"
     return (
         f"{table(header, lines)}\nThe base model (`{last['shape']}`) has {base} in float32; "
-        f"{BATCH} rows of {LENGTH} tokens a step over all processes, {TOKENS} virtual tokens. Step: median; ÷: median "
+        f"{BATCH} rows of about 90 tokens a step over all processes, {TOKENS} virtual tokens. Step: median; ÷: median "
         "and range of the ratios of single rounds. Memory: the largest resident memory, less that before anything is "
         "loaded. Sent: gradients, handed to one all-reduce; a sharded base also gathers its layers. "
         f"{last['machine']}.\n"

@@ -220,7 +220,7 @@ def test_the_summary_counts_steps_and_the_gap(tmp_path: Path) -> None:
     assert compare.reached(found) == "5 of 10"  # at step 5 ours has 2.5, PEFT's lowest, which it has at step 10
     text = "\n".join(compare.comparisons(found))
     assert "| ours | 50 (5.00%) | 1.600 | 80% |" in text
-    assert "ahead of PEFT's best on 1 of 1 tasks" in text
+    assert "| ahead of PEFT's best on 4 of 5 tasks | 1 of 1 | **no** |" in text
     assert "lower test loss in 1, by 46.7%" in text
 
 

@@ -52,6 +52,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"method": "prompt_tuning"}, "list the methods"),
     ({"method": []}, "method is an empty list"),
     ({"method": ["prompt_tunin"]}, "no method 'prompt_tunin'; did you mean 'prompt_tuning'"),
+    ({"method": ["auto", "p_tuning"]}, "auto chooses a method"),
     ({"method": {"p_tuning": 3}}, "p_tuning is 3"),
     ({"method_options.prefix_dropout": [0.0, 0.1]}, "prompt_tuning has no option 'prefix_dropout'"),
     ({"method": ["prefix_tuning"], "method_options.prefix_dropout": ["much"]}, "prefix_dropout"),

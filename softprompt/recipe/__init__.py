@@ -29,6 +29,7 @@ TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "CLOZE")
 INITS = ("random", "vocab", "text", "examples", "prompt")
 WORD_SCORES = ("sum", "mean")
 ANSWER_LOSSES = ("labels", "vocabulary")
+HEAD_INITS = ("fit", "given")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -102,6 +103,7 @@ class Recipe:
         "from the best; default: 1, no comparison"
     )
     init_from: str | None = _help("folder of another task's prompt, for init: prompt")
+    head_init: str | None = _help("where a classification head starts: fit (a regression; the default) or given")
     method_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "further fields of the method's config"}
     )
@@ -292,6 +294,7 @@ def _check_choices(recipe: Recipe) -> None:
     choices = {
         "task": TASKS,
         "init": INITS,
+        "head_init": HEAD_INITS,
         "word_score": WORD_SCORES,
         "answer_loss": ANSWER_LOSSES,
         "schedule": SCHEDULES,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, final
 from softprompt.errors import ConfigError
 from softprompt.methods import METHODS
 from softprompt.recipe import Recipe, checked, did_you_mean
+from softprompt.recipe.defaults import AUTO
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -190,6 +191,8 @@ def _methods(value: Any) -> dict[str, dict[str, Domain]]:
 
 
 def _known(method: Any) -> str:
+    if method == AUTO:
+        raise ConfigError("sweep: auto chooses a method, so it cannot be compared with methods; name what it chose")
     if method not in METHODS:
         raise ConfigError(f"sweep: there is no method {method!r}{did_you_mean(str(method), METHODS)}")
     return method

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.elsewhere import place_of, sharded
 from softprompt.errors import ConfigError, RunInterrupted, TrainingError
+from softprompt.evaluate import pad_id
 from softprompt.loading import Dispatch, load_base, load_tokenizer
 from softprompt.model import SoftPromptModel
 from softprompt.recipe import Recipe
@@ -21,6 +22,7 @@ from softprompt.train.batches import Batches, BatchOrder, InMemory, batches_per_
 from softprompt.train.build import build_prompt
 from softprompt.train.distributed import Team
 from softprompt.train.divergence import Watch
+from softprompt.train.head_start import start_head
 from softprompt.train.multitask import Distillation, teacher_prompts
 from softprompt.train.multitask_data import TaskOrder
 from softprompt.train.objective import Objective, merged, objective_of, own_loss, quietly
@@ -100,7 +102,10 @@ class Trainer:
         if data.cut:
             console.print(f"{data.cut} of {len(data.train)} training rows were cut to fit", highlight=False)
         objective = objective_of(recipe, data, tokenizer, row_length(recipe, context), model, loss)
-        start = choose_start(recipe, model, tokenizer, source, data, objective, console) if state is None else None
+        start = None
+        if state is None:
+            start = choose_start(recipe, model, tokenizer, source, data, objective, console)
+            start_head(recipe, model, data.train, pad_id(tokenizer), console)
         if recipe.base_learning_rate is not None:
             tune_base(model, folder.path)
         trainer = cls(recipe, folder, model, tokenizer, data, console, objective, team)
