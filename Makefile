@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE = 1
 # Threads that wait by spinning make training many times slower on cores that are shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo serve-demo test lint types test-floor test-vllm bench bench-quality docs readme clean
+.PHONY: help setup demo serve-demo test lint types test-floor test-vllm bench bench-quality bench-serving docs readme clean
 
 help:
 	@echo "make demo        train a prefix on the embedded model, save, reload, generate, report (OUT=$(OUT))"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-vllm   the tests of the vLLM engine, in their own environment"
 	@echo "make bench       the tables of speed and memory (SPEED=--quick: minutes; SPEED='--device cuda': on a GPU)"
 	@echo "make bench-quality  the tables of what the prompts learn: hours"
+	@echo "make bench-serving  the tables of the servers: throughput, first token, load and faults"
 	@echo "make docs        docs/first-run.md from a real run of the demo"
 	@echo "make readme      the generated parts of README.md: tables, methods, tree"
 	@echo "make clean       remove what the other targets made"
@@ -96,6 +97,13 @@ bench-quality: $(VENV)/.dev
 	$(BIN)/python benchmarks/quality_e2e.py --model stories260K --steps 150 --grid-steps 60
 	$(BIN)/python benchmarks/quality_e2e.py --model embedded --steps 100 --grid-steps 30 --like stories260K --finalists 1
 	$(BIN)/python benchmarks/quality_sst2.py
+	$(BIN)/python scripts/fill_readme.py
+
+bench-serving: $(VENV)/.dev $(VLLM_VENV)/.done
+	$(BIN)/python benchmarks/serving.py $(SPEED)
+	$(BIN)/python benchmarks/serving_load.py $(SPEED)
+	$(VLLM_VENV)/bin/python benchmarks/serving_load.py $(SPEED)
+	$(VLLM_VENV)/bin/python benchmarks/serving_vllm.py $(SPEED)
 	$(BIN)/python scripts/fill_readme.py
 
 docs: $(VENV)/.run

@@ -26,6 +26,7 @@ FOLDERS = {
     "benchmarks": "one question, one table per file; results/ holds what they printed",
     "examples": "recipes to copy from",
     "tests": "mirrors the package; offline, on tiny models",
+    "tests_vllm": "what needs vLLM, in an environment of its own",
     "scripts": "what made the embedded model, and what makes the generated documents",
     "docs": "support.md: what runs on what; data, templates, prompts-together, peft; first-run.md",
 }

@@ -322,10 +322,11 @@ def convert(
         str,
         typer.Option(
             "--to",
-            help="kv (one file), prefix (PEFT prefix tuning), peft (safetensors), prompt_tuning (one task of several).",
+            help="kv (one file), prefix (PEFT prefix tuning), peft (safetensors), prompt_tuning (one task of several), "
+            "mlx (mlx-lm prompt cache).",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="File (kv) or folder to write.")],
+    out: Annotated[Path, typer.Option("--out", help="File (kv, mlx) or folder to write.")],
     model: Model = None,
     task: OneTask = None,
 ) -> None:
