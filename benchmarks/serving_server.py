@@ -80,6 +80,12 @@ class Server:
         assert self.process is not None
         return sum(_resident(pid) for pid in family(self.process.pid))
 
+    def worked(self) -> float:
+        """Seconds that processors have spent on it; unlike time, whatever else runs on the machine."""
+        assert self.process is not None
+        ticks = sum(_ticks(pid) for pid in family(self.process.pid))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
 
 class Memory:
     """Looks at the memory of a server while the block runs."""
@@ -137,6 +143,13 @@ def _resident(pid: int) -> int:
     return 0
 
 
+def _ticks(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])  # in user code, in the system
+    return 0
+
+
 def softprompt_server(
     base: Path, prompts: Path, folder: Path, engine: str, more: Sequence[str] = (), of_vllm: Sequence[str] = ()
 ) -> Server:
@@ -152,6 +165,7 @@ def softprompt_server(
 def vllm_server(base: Path, folder: Path, flags: Sequence[str] = ()) -> Server:
     """vLLM as it is, without anything of ours."""
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base), "--served-model-name", "base"]
+    main = "vllm.entrypoints.launchers.api_server.entry"  # the command `vllm` cannot tell its version in the build for CPUs
+    command = [sys.executable, "-m", main, "--model", str(base), "--served-model-name", "base"]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
     return Server(command, port, folder / "bare.log", {**VLLM_CPU, "VLLM_PLUGINS": ""})

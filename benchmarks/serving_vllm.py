@@ -40,6 +40,7 @@ SIZES = (20, 100, 1000)
 COLUMNS = (
     Column("tokens/s ÷ bare", "speed", "/s"),
     Column("first token ÷ bare", "first", "ms"),
+    Column("its CPU time ÷ bare", "work", "s"),
     Column("forward passes", "passes", "", under=None),
     Column("tokens read", "computed", "", under=None),
     Column("texts' tokens", "real", "", under=None),
@@ -111,12 +112,14 @@ def _arm(server: Server, models: Sequence[str], before: Sequence[list[int]], len
 
     async def measured() -> dict[str, float]:
         """Some times over where there are few requests."""
+        old = server.worked()
         async with _client(server) as client:
             firsts = [await all_at_once(client, 1) for _ in range(max(1, 16 // rows))]
             wholes = [await all_at_once(client, new) for _ in range(max(1, 4 // rows))]
         seconds = sum(time for time, _ in wholes)
         first = statistics.median(seconds for _, found in firsts for seconds, _ in found)
-        return {"time": seconds, "speed": len(wholes) * rows * new / seconds, "first": first}
+        work = server.worked() - old
+        return {"time": seconds, "speed": len(wholes) * rows * new / seconds, "first": first, "work": work}
 
     async def counted() -> dict[str, int]:
         async with _client(server) as client:
