@@ -165,7 +165,7 @@ def softprompt_server(
 def vllm_server(base: Path, folder: Path, flags: Sequence[str] = ()) -> Server:
     """vLLM as it is, without anything of ours."""
     port = free_port()
-    main = "vllm.entrypoints.launchers.api_server.entry"  # the command `vllm` cannot tell its version in the build for CPUs
+    main = "vllm.entrypoints.launchers.api_server.entry"  # the build for CPUs has no `vllm serve`
     command = [sys.executable, "-m", main, "--model", str(base), "--served-model-name", "base"]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
     return Server(command, port, folder / "bare.log", {**VLLM_CPU, "VLLM_PLUGINS": ""})
