@@ -14,7 +14,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -150,6 +152,7 @@ def servers(options: Options) -> Iterator[None]:
     """Both, started one after the other."""
     if not find_spec("vllm"):
         raise SystemExit("vLLM is not installed here; run this with the python of the environment of make test-vllm")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the servers end too
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         in_its_own_process(lambda: _prepare(options, folder))

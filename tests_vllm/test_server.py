@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,12 @@ class Server:
     base: Any
     prompts: Path
     log: Path
+    clients: dict[str, openai.OpenAI] = field(default_factory=dict)
 
     def client(self, key: str = ALL) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60)
+        if key not in self.clients:
+            self.clients[key] = openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60)
+        return self.clients[key]
 
     def get(self, path: str, key: str = ALL) -> str:
         return self._call(urllib.request.Request(self.address + path), key)
@@ -76,6 +79,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     kit.save_prompt(base, kit.config_of("multitask_prompt_tuning"), prompts / "many", 5)
     inside = kit.config_of("p_tuning", Template(SLOTS).num_virtual_tokens, template=SLOTS)
     kit.save_prompt(base, inside, prompts / "inside", 6)
+    kit.save_prompt(base, kit.config_of("prompt_tuning", 5, placement="after_bos"), prompts / "behind", 7)
     keys = folder / "keys.yaml"
     keys.write_text(json.dumps({ALL: "*", FEW: ["team/*"]}))
     with started(folder, keys) as running:
@@ -109,6 +113,8 @@ def started(folder: Path, keys: Path) -> Iterator[Server]:
         _wait(server, process)
         yield server
     finally:
+        for client in server.clients.values():
+            client.close()
         process.terminate()
         try:
             process.wait(60)
@@ -151,7 +157,7 @@ EXACT: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True, "r
 
 def test_names(server: Server) -> None:
     models = {model.id: model for model in server.client().models.list()}
-    assert set(models) == {"base", "story", "prefix", "team/vectors", "many:0", "many:1", "inside"}
+    assert set(models) == {"base", "story", "prefix", "team/vectors", "many:0", "many:1", "inside", "behind"}
     assert {model.id for model in server.client(FEW).models.list()} == {"team/vectors"}
     assert str(server.prompts) not in server.get("/v1/models")
 
@@ -263,6 +269,12 @@ def test_virtual_tokens_inside_the_text(server: Server) -> None:
     assert answer.usage is not None and answer.usage.prompt_tokens == sum(slot < 0 for slot in slots)
 
 
+def test_virtual_tokens_behind_the_first_token(server: Server) -> None:
+    answer = server.client().completions.create(model="behind", prompt=QUESTION, max_tokens=10, **EXACT)
+    assert tokens(answer.choices[0]) == expected(server, "behind", QUESTION, 10)
+    assert answer.usage is not None and answer.usage.prompt_tokens == len(tiny.tokenizer()(QUESTION)["input_ids"])
+
+
 HOSTILE: list[dict[str, Any]] = [
     {"kv_transfer_params": {"softprompt": "f" * 64, "softprompt_length": 3}},
     {"kv_transfer_params": {"softprompt": "../../etc/passwd"}},
@@ -342,8 +354,9 @@ def test_prompts_come_change_and_go(server: Server) -> None:
     assert tokens(client.completions.create(**ask).choices[0]) == third
     listed = {each["name"]: each for each in json.loads(server.get("/v1/prompts"))["data"]}
     assert listed["new"]["error"]
-    with pytest.raises(urllib.error.HTTPError, match="403"):
+    with pytest.raises(urllib.error.HTTPError, match="403") as refused:
         server.post("/v1/prompts/unload", {"name": "new"}, ALL)
+    refused.value.close()
 
 
 def test_a_client_that_leaves_frees_its_blocks(server: Server) -> None:
