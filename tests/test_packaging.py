@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-BENEATH = {"markupsafe"}  # a part of jinja2 with a name of its own
+BENEATH = {"markupsafe", "pydantic-core", "starlette"}  # parts of jinja2, pydantic and fastapi with names of their own
 
 
 def normal(requirement: str) -> str:
