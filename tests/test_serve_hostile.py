@@ -1,5 +1,6 @@
 """Requests that mean harm, or nothing: each gets an answer that is no 5xx, no file is touched, others are served."""
 
+import copy
 import json
 import random
 import sys
@@ -127,9 +128,10 @@ class Raw:
         try:
             self._connection.request(method, path, body, headers)
             answer = self._connection.getresponse()
-        except (ConnectionError, TimeoutError):
+        except ConnectionError:  # closed after the last answer, as behind a GET whose body nobody reads: once more
             self.close()
-            raise
+            self._connection.request(method, path, body, headers)
+            answer = self._connection.getresponse()
         return answer.status, answer.read()
 
     def close(self) -> None:
@@ -186,7 +188,7 @@ def spoil(body: Any, chance: random.Random) -> None:
     if key is not None and isinstance(body[key], dict | list) and body[key] and chance.random() < 0.6:
         spoil(body[key], chance)
     elif key is None or chance.random() < 0.2:
-        value = chance.choice(JUNK)
+        value = copy.deepcopy(chance.choice(JUNK))
         if isinstance(body, dict):
             body[chance.choice(["extra", "n", "tools", "stop", "best_of", "user", "\ud800", "x" * 5000])] = value
         else:
@@ -194,7 +196,7 @@ def spoil(body: Any, chance: random.Random) -> None:
     elif chance.random() < 0.2:
         del body[key]
     else:
-        body[key] = chance.choice([*JUNK, *NAMES[:8]])
+        body[key] = copy.deepcopy(chance.choice([*JUNK, *NAMES[:8]]))
 
 
 def ask_by_chance(api: Api, count: int) -> set[int]:
