@@ -197,7 +197,7 @@ def test_a_replaced_prompt_answers_as_its_new_content(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("log_prompts", [False, True])
 def test_the_log(prompts: Prompts, log_prompts: bool, caplog: pytest.LogCaptureFixture) -> None:
-    with serving(prompts.folder, log_prompts=log_prompts) as api, caplog.at_level(logging.INFO, "softprompt.serve"):
+    with caplog.at_level(logging.INFO, "softprompt.serve"), serving(prompts.folder, log_prompts=log_prompts) as api:
         answers = [
             api.post("/v1/completions", {"model": "kv", "prompt": "SECRET-A", "max_tokens": 2}),
             api.post(
