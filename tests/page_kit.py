@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from softprompt import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConf
 from softprompt.embedded import PATH
 from softprompt.serve import ServeOptions
 from softprompt.serve.app import open_app
+from softprompt.serve.engine import Ask, Piece
 
 KEY, NARROW = "key-of-the-page", "key-of-a-guest"
 KINDS = {"pets/words": PromptTuningConfig, "tale": PrefixTuningConfig, "free": PromptEncoderConfig}
@@ -149,8 +151,24 @@ def serving_page(folder: Path) -> Iterator[str]:
     keys = folder / "keys.yaml"
     keys.write_text(f"{KEY}: ['*']\n{NARROW}: [tale]\n")
     options = ServeOptions(str(PATH), folder / "prompts", engine="transformers", name="base", keys=keys)
-    with open_app(options) as app, running(app) as address:
-        yield address
+    with open_app(options) as app:
+        take_time(app)
+        with running(app) as address:
+            yield address
+
+
+def take_time(app: FastAPI) -> None:
+    """Let each token of an answer take as long as that of a large model: this one has ended before a click."""
+    engine = app.state.service.engine
+    generate = engine.generate
+
+    async def slowly(asked: Ask) -> AsyncIterator[Piece]:
+        async with aclosing(generate(asked)) as pieces:
+            async for piece in pieces:
+                yield piece
+                await asyncio.sleep(0.02)
+
+    engine.generate = slowly
 
 
 def chromium() -> str:
