@@ -37,7 +37,7 @@ PROMPTS = 16
 ROOM = 2048  # tokens of a request
 ROWS = 64
 WORDS = 4096
-FAR = 1_000_000  # seeds that no text has
+WORDS_OF, FAR = 1_000_000, 10_000_000  # seeds: of words in front from here on, of texts from there on
 SIZES = (20, 100, 1000)
 COLUMNS = (
     Column("tokens/s ÷ bare", "speed", "/s"),
@@ -78,12 +78,13 @@ def groups(options: Options) -> Iterator[Group]:
 def vllm_group(options: Options, prompt: int, length: int, rows: int, new: int, quick: bool = False) -> Group:
     def arms(bench: Bench) -> Makers:
         stage, of_prompt = STAGES[-1], [f"p{prompt}/p{row % PROMPTS}" for row in range(rows)]
-        words = [draw(prompt, FAR + row % PROMPTS) for row in range(rows)]
+        words = [draw(prompt, WORDS_OF + row % PROMPTS) for row in range(rows)]
         nothing: list[list[int]] = [[]] * rows
+        new_texts = FAR + (prompt * ROWS + rows) * 10_000  # which no group before has asked about
         return {
-            "bare": lambda: _arm(stage.bare, ["base"] * rows, nothing, length, new),
-            "ours": lambda: _arm(stage.ours, of_prompt, nothing, length, new),
-            "text": lambda: _arm(stage.bare, ["base"] * rows, words, length, new),
+            "bare": lambda: _arm(stage.bare, ["base"] * rows, nothing, length, new, new_texts),
+            "ours": lambda: _arm(stage.ours, of_prompt, nothing, length, new, new_texts),
+            "text": lambda: _arm(stage.bare, ["base"] * rows, words, length, new, new_texts),
         }
 
     setting = {"model": options.model or "llama-512", "dtype": options.dtype or "float32", "device": options.device}
@@ -94,9 +95,9 @@ def draw(count: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(3, WORDS), k=count)
 
 
-def _arm(server: Server, models: Sequence[str], before: Sequence[list[int]], length: int, new: int) -> Arm:
-    """Requests with texts that nobody has seen; the same ones for all arms, in the same order."""
-    seeds = itertools.count()
+def _arm(server: Server, models: Sequence[str], before: Sequence[list[int]], length: int, new: int, first: int) -> Arm:
+    """Requests with texts that nobody has seen, of seeds `first` on; the same for all arms, in the same order."""
+    seeds = itertools.count(first)
     rows = len(models)
 
     async def ask(client: httpx.AsyncClient, row: int, count: int) -> tuple[float, dict[str, int]]:
@@ -116,7 +117,7 @@ def _arm(server: Server, models: Sequence[str], before: Sequence[list[int]], len
         """Some times over where there are few requests."""
         old = server.worked()
         async with _client(server) as client:
-            firsts = [await all_at_once(client, 1) for _ in range(max(1, 16 // rows))]
+            firsts = [await all_at_once(client, 1) for _ in range(max(2, 32 // rows))]
             wholes = [await all_at_once(client, new) for _ in range(max(1, 4 // rows))]
         seconds = sum(time for time, _ in wholes)
         first = statistics.median(seconds for _, found in firsts for seconds, _ in found)

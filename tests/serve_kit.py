@@ -24,9 +24,11 @@ from softprompt import (
 from softprompt.serve.batching import TransformersEngine
 from softprompt.serve.engine import Ask, Piece, Sampling
 from softprompt.serve.version import Version
+from softprompt.together.tasks import fold_task
 
 LENGTHS = {"words": 4, "kv": 6, "ffn": 2, "mlp": 2, "first": 3, "task": 3}
 BASE = None
+TASK = 1
 
 
 def configs() -> dict[str, Any]:
@@ -63,7 +65,7 @@ class Served:
                 output = self.model.generate(input_ids=rows, **options)
         else:
             self.model.set_adapter(name, inference_mode=True)
-            task = {"task_ids": torch.tensor([1])} if name == "task" else {}
+            task = {"task_ids": torch.tensor([TASK])} if name == "task" else {}
             output = self.model.generate(input_ids=rows, **task, **options)
         return output[0, len(ids) :].tolist()
 
@@ -90,9 +92,11 @@ def serve(base: PreTrainedModel, folder: Path, tokenizer: Any = None, **limits: 
 def saved(model: SoftPromptModel, name: str, folder: Path, number: int) -> Version:
     """The adapter as it is now, in a folder of its own."""
     model.save_pretrained(folder, selected_adapters=[name])
-    task = 1 if name == "task" else None
     place = folder / name
-    return Version(name, f"{number:064x}", place, place, "any", LENGTHS[name], task=task)
+    if name == "task":  # of several, each is served as a prompt of its own
+        place = folder / f"{name}-{TASK}"
+        fold_task(folder / name, place, TASK)
+    return Version(name, f"{number:064x}", place, place, "any", LENGTHS[name])
 
 
 async def answer(engine: TransformersEngine, ask: Ask) -> list[Piece]:

@@ -30,14 +30,14 @@ def test_a_folder_of_adapters_is_served(library: PromptLibrary, tmp_path: Path) 
     assert library.names() == ["a", "b/c"]
     version = library.get("b/c")
     assert torch.equal(table_of(version), table(2))
-    assert (version.method, version.length, version.slots, version.task) == ("prompt_tuning", 4, False, None)
+    assert (version.method, version.length, version.slots, version.warning) == ("prompt_tuning", 4, False, None)
     assert version.folder == tmp_path / "objects" / version.digest
     assert version.source == tmp_path / "prompts" / "b" / "c"
     assert sorted(os.listdir(version.folder)) == ["adapter_config.json", WEIGHTS]
     assert copies(tmp_path / "objects") == {library.get(name).digest for name in library.names()}
     assert row_of(library, "a") == {
         "name": "a", "state": "served", "digest": library.get("a").digest, "length": 4, "method": "prompt_tuning",
-        "slots": False, "error": None,
+        "slots": False, "error": None, "warning": None,
     }  # fmt: skip
     assert not library.scan()
 
@@ -294,6 +294,34 @@ def test_requests_and_replacements_at_the_same_time(library: PromptLibrary, tmp_
     assert not wrong
     assert torch.equal(table_of(library.get("a")), table(29))
     assert copies(tmp_path / "objects") == {library.get(name).digest for name in library.names()}
+
+
+@pytest.mark.parametrize(
+    ("trained", "doubted"),
+    [
+        (None, False),
+        ("tiny", False),
+        ("someone/tiny", False),
+        ("/elsewhere/tiny/", False),
+        ("/cache/models--someone--tiny/snapshots/0f3e", False),
+        ("gpt2", True),
+        ("/tiny/checkpoint-40", True),
+    ],
+)
+def test_a_prompt_of_a_model_of_another_name_is_served_with_a_warning(
+    library: PromptLibrary, tmp_path: Path, caplog: pytest.LogCaptureFixture, trained: str | None, doubted: bool
+) -> None:
+    """Its shape fits, and the folder of the same model may have been renamed."""
+    config = replace(CONFIG, base_model_name_or_path=trained)
+    save_adapter(tmp_path / "prompts" / "of", config, {"prompt_embeddings": table(7)})
+    library.scan()
+    warning = row_of(library, "of")["warning"]
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    if doubted:
+        assert f"trained before {str(trained).rsplit('/', 1)[-1]!r}" in str(warning) and "'tiny'" in str(warning)
+        assert [str(warning) in message for message in warned] == [True]
+    else:
+        assert warning is None and not warned
 
 
 # ---- several tasks -----------------------------------------------------------------------------------------------

@@ -261,9 +261,10 @@ def test_virtual_tokens_inside_the_text(server: Server) -> None:
     answer = server.client().completions.create(model="inside", prompt="red house", max_tokens=10, **EXACT)
     tokenizer = tiny.tokenizer()
     model = SoftPromptModel.from_pretrained(server.base, server.prompts / "inside")
-    from softprompt.serve.vllm.slots import in_template
+    from softprompt.serve.filled import in_template
 
-    ids, slots = in_template(SLOTS, "red house", tokenizer)
+    row = in_template(SLOTS, "red house", tokenizer)
+    ids, slots = list(row.ids), list(row.slots)
     assert sum(slot >= 0 for slot in slots) == 3 and slots[0] < 0
     assert tokens(answer.choices[0]) == kit.greedy(model, ids, 10, slots=torch.tensor([slots])).ids
     assert answer.usage is not None and answer.usage.prompt_tokens == sum(slot < 0 for slot in slots)

@@ -166,6 +166,28 @@ def folded(door: Door, geometry: Geometry, loaded: LoadedPrompt) -> KV:
     return kv.map(lambda part: part.to(own.dtype).cpu())
 
 
+def other_base(trained: str | None, path: str) -> str | None:
+    """What to say of a prompt that was trained before `trained`, where that is called otherwise than the base model.
+
+    A folder may have been renamed, so that this is a doubt and no error: a prompt's shape says nothing of the weights.
+    """
+    if not trained or _called(trained) == _called(path):
+        return None
+    return (
+        f"it says that it was trained before {_called(trained)!r}, and stands before {_called(path)!r} here; unless "
+        "these are the same weights, its answers are worthless."
+    )
+
+
+def _called(path: str) -> str:
+    """The last part of a model's name or folder; in the hub's cache (models--a--b/snapshots/<commit>) the model's."""
+    from softprompt.loading import resolve_model
+
+    parts = Path(resolve_model(path)).expanduser().absolute().parts
+    cached = [part.rsplit("--", 1)[-1] for part in parts if part.startswith("models--")]
+    return cached[-1] if cached else parts[-1]
+
+
 def fingerprint_of(path: str) -> str:
     """What tells one base model from another without reading all of it: its place, its config, and of every file of
     weights the name, size and time of change. ConfigError for a model that is not on this machine.

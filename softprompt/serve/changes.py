@@ -46,6 +46,8 @@ class Changes:
             for name, version in versions.items():
                 told = (what, name, version.method, version.length, version.digest[:12])
                 log.info("%s the prompt %s (%s, %d virtual tokens, %s)", *told)
+                if version.warning and what != "removed":
+                    log.warning("the prompt %s: %s", name, version.warning)
         for name, why in self.refused.items():
             log.warning("refused the prompt %r: %s", name, why)
 

@@ -6,8 +6,8 @@
 
 Every adapter below the folder is served under its relative path (`a/b`; segments `[A-Za-z0-9][A-Za-z0-9._-]*`, at most
 128 characters), the folder itself as "default"; an adapter of several tasks under one name per task, `a/b:0`, `a/b:1`,
-…, each a prompt of its own: `Version.folder` always holds a single prompt, and `Version.task` is None. What requests
-call a prompt is only ever looked up in a dictionary.
+…, each a prompt of its own: `Version.folder` always holds a single prompt. What requests call a prompt is only ever
+looked up in a dictionary.
 
 `Version.folder` has `adapter_config.json` and `adapter_model.safetensors`, as `save_adapter` writes them, and with
 `folded=True` (and unless `Version.slots`) `kv.safetensors`, see `softprompt.serve.folded`. It never changes.
@@ -28,7 +28,7 @@ from softprompt.errors import CheckpointError, ConfigError, SoftPromptError, Uns
 from softprompt.inspect_prompt import method_name, tasks_of
 from softprompt.prompt import Embeddings
 from softprompt.serve.adapters import Found, adapters_in, read_whole, settled
-from softprompt.serve.base import Base
+from softprompt.serve.base import Base, other_base
 from softprompt.serve.changes import Changes, NameTakenError, UnknownPromptError, shown
 from softprompt.serve.objects import Objects, StorageError, stands_inside
 from softprompt.serve.version import Version
@@ -181,16 +181,17 @@ class PromptLibrary:
 
     def listing(self) -> list[dict[str, Any]]:
         """One JSON object per name: `name`, `state` ("served", "unloaded", "refused"), `digest`, `length`, `method`,
-        `slots` and `error` (None, or why the files as they are now are not served). No paths outside the folder.
+        `slots`, `warning` and `error` (None, or why the files as they are now are not served). No paths outside the
+        folder.
         """
         with self._lock:
             entries = dict(self._entries)
         rows = []
         for name, entry in entries.items():
-            nothing = {"digest": None, "length": None, "method": None, "slots": False, "error": entry.error}
+            nothing = {"digest": None, "length": None, "method": None, "slots": False}
             state = "unloaded" if entry.error is None else "refused"
             rows += [_row(version, entry.error) for version in entry.versions] or [
-                {"name": shown(name), "state": state, **nothing}
+                {"name": shown(name), "state": state, **nothing, "warning": None, "error": entry.error}
             ]
         return sorted(rows, key=lambda row: row["name"])
 
@@ -252,13 +253,14 @@ class PromptLibrary:
         saved, loaded, stamps = read_whole(name, folder, self._prompts())
         method, inside = method_name(saved.config.peft_type), stands_inside(loaded.config)
         parts, versions = _parts(name, saved), []
+        warning = other_base(saved.config.base_model_name_or_path, self.base.path)
         if self.base.name in dict(parts):
             raise NameTakenError(f"{name!r} is what requests call the base model; rename the prompt's folder.")
         try:
             for called, part in parts:
                 digest = self._objects.put(part, self._prompts())
                 place, length = self._objects.folder / digest, loaded.config.num_virtual_tokens
-                versions.append(Version(called, digest, place, folder, method, length, inside))
+                versions.append(Version(called, digest, place, folder, method, length, inside, warning))
         except BaseException:
             for version in versions:
                 self._objects.drop(version.digest)
@@ -339,5 +341,6 @@ def _row(version: Version, error: str | None) -> dict[str, Any]:
         "length": version.length,
         "method": version.method,
         "slots": version.slots,
+        "warning": version.warning,
         "error": error,
     }

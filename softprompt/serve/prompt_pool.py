@@ -19,9 +19,6 @@ from softprompt.running import can_fold
 from softprompt.serve.version import Version
 from softprompt.store import PromptStore
 
-Key = tuple[str, int | None]
-"""A prompt's digest, and its task."""
-
 SPARE = 2  # a pool that is more than so many times as long as its longest prompt is made anew
 KNOWN = 4096  # versions whose folders are remembered, if they are not in memory
 
@@ -54,7 +51,7 @@ class PromptFinder:
         if bad:
             raise bad[version.digest]
         loaded = good[version.digest]
-        prompt, placement = loaded.prompt(version.task), placement_of(loaded.config)
+        prompt, placement = loaded.prompt(), placement_of(loaded.config)
         own = word_table(self._door.base)
         if isinstance(prompt, Embeddings) and not can_fold(self._geometry, placement):
             return Found(Embeddings(prompt.vectors.to(own)), placement)
@@ -67,7 +64,7 @@ class PromptFinder:
                     kv = fold(self._door, Embeddings(prompt.vectors.to(own)))
             return kv.map(lambda part: part.detach().to(own).clone(memory_format=torch.contiguous_format))
 
-        kv = self._store.derived(loaded, ("served", version.task), as_kv)
+        kv = self._store.derived(loaded, "served", as_kv)
         if kv.cross or kv.encoder:
             raise UnsupportedError(f"the prompt {version.name!r} is for an encoder-decoder; train one for this model.")
         return Found(kv)
@@ -85,15 +82,15 @@ class PromptFinder:
 
 @final
 class PromptPool:
-    """Prompts side by side in one tensor per layer, `[N, h, p, k]`, shorter ones with zeros in front.
+    """Prompts side by side in one tensor per layer, `[N, h, p, k]`, shorter ones with zeros in front; keys are digests.
 
     A place that nobody has is all zeros: what is hidden still is multiplied by 0, which infinities would show.
     """
 
     def __init__(self) -> None:
-        self._keys: list[Key] = []  # by place
+        self._keys: list[str] = []  # by place
         self._lengths: list[int] = []
-        self._users: dict[Key, int] = {}
+        self._users: dict[str, int] = {}
         self._kv: KV | None = None
 
     @property
@@ -116,14 +113,14 @@ class PromptPool:
         """Whether a prompt can share a batch with those that are there: a sliding window is for all or for none."""
         return self._kv is None or self._kv.always_visible == kv.always_visible
 
-    def take(self, key: Key, kv: KV) -> None:
+    def take(self, key: str, kv: KV) -> None:
         """One more row has this prompt."""
         if key not in self._users:
             self._place(key, kv)
             self._users[key] = 0
         self._users[key] += 1
 
-    def give_back(self, key: Key) -> None:
+    def give_back(self, key: str) -> None:
         """One row less has it."""
         self._users[key] -= 1
         if self._users[key]:
@@ -144,7 +141,7 @@ class PromptPool:
             part[place] = part[last]
             part[last] = 0
 
-    def of(self, keys: Sequence[Key | None]) -> KV | None:
+    def of(self, keys: Sequence[str | None]) -> KV | None:
         """The prompts of rows by their keys (None: no prompt), as one; None where no row has any."""
         if self._kv is None or not any(keys):
             return None
@@ -163,7 +160,7 @@ class PromptPool:
             always_visible=shown.always_visible,
         )
 
-    def _place(self, key: Key, kv: KV) -> None:
+    def _place(self, key: str, kv: KV) -> None:
         """Give it the place behind the last; one more stays free."""
         place, like = len(self._keys), kv if self._kv is None else self._kv
         rows = 0 if self._kv is None else len(like.layers[0][0])

@@ -7,7 +7,7 @@ from typing import Any
 from softprompt.prompt import KV
 from softprompt.serve.detokenize import Detokenizer, StopStrings, text_of
 from softprompt.serve.engine import Ask, FinishReason, Piece, TokenLogprob
-from softprompt.serve.prompt_pool import Found, Key
+from softprompt.serve.prompt_pool import Found
 from softprompt.serve.sampling import Choice, Sampler
 
 
@@ -37,12 +37,12 @@ class Row:
         self._stops = StopStrings(sampling.stop)
 
     @property
-    def key(self) -> Key | None:
+    def key(self) -> str | None:
         """Which keys and values in the pool are its prompt, if any are."""
         version = self.ask.version
         if version is None or self.found is None or not isinstance(self.found.prompt, KV):
             return None
-        return version.digest, version.task
+        return version.digest
 
     @property
     def inner(self) -> int:

@@ -11,7 +11,7 @@ class Version:
     `name`: what requests call it. `digest`: sha256 (64 hex digits) of its content, its base model and the served
     number format; two contents never share one. `folder`: the immutable copy of the adapter. `source`: the folder it
     was copied from. `length`: virtual tokens that go in front of the text. `slots`: it has virtual tokens between
-    words of a template, so it cannot become a KV prefix. `task`: which of an adapter's tasks, where it has several.
+    words of a template, so it cannot become a KV prefix. `warning`: what is to be doubted about it.
     """
 
     name: str
@@ -21,4 +21,4 @@ class Version:
     method: str
     length: int
     slots: bool = False
-    task: int | None = None
+    warning: str | None = None

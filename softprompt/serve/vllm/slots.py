@@ -17,6 +17,7 @@ from vllm.sampling_params import SamplingParams
 
 from softprompt.config import EmbeddingConfig, Placement
 from softprompt.errors import SoftPromptError, UnsupportedError
+from softprompt.serve.filled import in_template
 from softprompt.serve.version import Version
 from softprompt.serve.vllm.entered import Entered, check_free, token_ids, within
 from softprompt.serve.vllm.marks import salt_of
@@ -86,7 +87,8 @@ class Slots:
             return [ids[0], *[0] * len(virtual), *ids[1:]], [-1, *virtual, *plain]
         if not isinstance(prompt.get("prompt"), str):
             raise VLLMValidationError("this prompt has a template to fill, which takes a text and not token ids.")
-        return in_template(found.template, prompt["prompt"], self._tokenizer)
+        row = in_template(found.template, prompt["prompt"], self._tokenizer)
+        return list(row.ids), list(row.slots) or [-1] * len(row.ids)
 
 
 def _read(version: Version, dtype: torch.dtype) -> _Prompt:
@@ -101,18 +103,3 @@ def _read(version: Version, dtype: torch.dtype) -> _Prompt:
         )
     vectors = saved.tensors["prompt_embeddings"][: config.num_virtual_tokens].to(dtype)
     return _Prompt(vectors, config.template if config.placement is Placement.TEMPLATE else None)
-
-
-def in_template(template: str, text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids and slots of a template filled with a text, up to where the answer begins. ConfigError, DataError."""
-    from softprompt.cli.cloze import fields_of
-    from softprompt.cli.prompted import example_of
-    from softprompt.data import input_rows
-    from softprompt.template import Answer, Template
-
-    parsed = Template(template)
-    if parsed.has_mask:
-        row = parsed.encode(tokenizer, fields_of(text, parsed, parsed.fields, "the text"), answer=Answer.NEXT)
-        return row.input_ids, row.slots
-    ((ids, slots),) = input_rows([example_of(text, parsed, "the text")], tokenizer)
-    return ids, [-1] * len(ids) if slots is None else slots
