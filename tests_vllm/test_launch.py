@@ -27,6 +27,7 @@ def test_command(options: ServeOptions, monkeypatch: pytest.MonkeyPatch) -> None
     given = dict(zip(arguments[4:-1:2], arguments[5:-1:2], strict=True))
     assert given["--served-model-name"] == "base" and given["--max-model-len"] == "100"
     assert environment["VLLM_PLUGINS"] == "other,softprompt"
+    assert environment["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "1"
     assert environment["SOFTPROMPT_ADMIN_KEY"] == "secret" not in " ".join(arguments)
     config = json.loads(given["--kv-transfer-config"])
     assert Settings.of(SimpleNamespace(**config)) == Settings(options.prompts, options.prompts / "objects")

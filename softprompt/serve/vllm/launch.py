@@ -13,6 +13,9 @@ from softprompt.loading import resolve_model
 from softprompt.serve.options import ServeOptions
 from softprompt.serve.vllm.settings import ADMIN_KEY, Settings
 
+RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+"""On a CPU vLLM leaves one core to its scheduler, and one more to any KV connector; this one has no use for it."""
+
 NOT_HERE = {
     "device": "vLLM's installation decides the device",
     "max_cache_tokens": "write -- --kv-cache-memory-bytes N",
@@ -60,6 +63,7 @@ def _environment(options: ServeOptions) -> dict[str, str]:
     environment = dict(os.environ)
     names = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name]
     environment["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "softprompt"]))
+    environment.setdefault(RESERVED, "1")
     if options.admin_key is not None:
         environment[ADMIN_KEY] = options.admin_key
     return environment
