@@ -3,10 +3,10 @@
     python benchmarks/serving_vllm.py                                        in the environment that has vLLM
     python benchmarks/serving_vllm.py --model llama-2048 --only p=1000       wider layers: a prompt weighs less
 
-Two servers stand side by side: vLLM as it is (bare), and `softprompt serve --engine vllm` (ours), and get the same
-texts in turn. `text` is the bare server again with p words in front of every text, the same for all requests of a
-prompt: what a context of that length costs vLLM by itself. B requests come at once; prompts and words have been used
-before.
+Three servers stand side by side: vLLM as it is (bare), once more (again: what two servers that are alike differ by),
+and `softprompt serve --engine vllm` (ours), and get the same texts in turn. `text` is the bare server with p words in
+front of every text, the same for all requests of a prompt: what a context of that length costs vLLM by itself. B
+requests come at once; prompts and words have been used before.
 """
 
 from __future__ import annotations
@@ -48,21 +48,22 @@ COLUMNS = (
     Column("texts' tokens", "real", "", under=None),
 )
 NOTE = (
-    "Greedy, over HTTP; B requests at once with T tokens of text and `new` new tokens each, of 16 prompts "
-    "(prefixes) of p virtual tokens. llama-512: 8 layers, 512 wide, 8 heads of 64, 2 with keys and values; "
-    "llama-2048: 4 layers, 2048 wide, 32 heads of 64, 8 with keys and values; random weights, `--enforce-eager`. "
-    "The row of bare is what it takes, the others are divided by it: median of the ratios of single rounds, and "
-    "their range. First token: median time of answers of one token. Forward passes, tokens read: the engine's steps "
-    "and the tokens of texts that they computed, as vLLM counts them. Texts' tokens: `usage.prompt_tokens` of all "
-    "requests."
+    "Greedy, over HTTP; B requests at once with T tokens of text and `new` new tokens each, of 16 prompts (prefixes) "
+    "of p virtual tokens. Again: a second server as bare is, so its distance from 1 is chance. llama-512: 8 layers, "
+    "512 wide, 8 heads of 64, 2 with keys and values; llama-2048: 4 layers, 2048 wide, 32 heads of 64, 8 with keys "
+    "and values; random weights, `--enforce-eager`. The row of bare is what it takes, the others are divided by it: "
+    "median of the ratios of single rounds, and their range. First token: median time of answers of one token. "
+    "Forward passes, tokens read: the engine's steps and the tokens of texts that they computed, as vLLM counts them. "
+    "Texts' tokens: `usage.prompt_tokens` of all requests."
 )
 
 
 @dataclass
 class Stage:
-    """The two servers, while the groups run."""
+    """The servers, while the groups run."""
 
     bare: Server
+    again: Server
     ours: Server
 
 
@@ -83,6 +84,7 @@ def vllm_group(options: Options, prompt: int, length: int, rows: int, new: int, 
         new_texts = FAR + (prompt * ROWS + rows) * 10_000  # which no group before has asked about
         return {
             "bare": lambda: _arm(stage.bare, ["base"] * rows, nothing, length, new, new_texts),
+            "again": lambda: _arm(stage.again, ["base"] * rows, nothing, length, new, new_texts),
             "ours": lambda: _arm(stage.ours, of_prompt, nothing, length, new, new_texts),
             "text": lambda: _arm(stage.bare, ["base"] * rows, words, length, new, new_texts),
         }
@@ -150,7 +152,7 @@ def _client(server: Server) -> httpx.AsyncClient:
 
 @contextmanager
 def servers(options: Options) -> Iterator[None]:
-    """Both, started one after the other."""
+    """All of them, started one after the other."""
     if not find_spec("vllm"):
         raise SystemExit("vLLM is not installed here; run this with the python of the environment of make test-vllm")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the servers end too
@@ -163,15 +165,16 @@ def servers(options: Options) -> Iterator[None]:
             ("--dtype", dtype, "--max-length", str(ROOM), "--max-batch", str(ROWS)), ["--enforce-eager"],
         )  # fmt: skip
         flags = ["--dtype", dtype, "--max-model-len", str(ROOM), "--max-num-seqs", str(ROWS), "--enforce-eager"]
-        STAGES.append(Stage(vllm_server(base, folder, flags), ours))
+        bare, again = (vllm_server(base, folder, flags) for _ in range(2))
+        STAGES.append(Stage(bare, again, ours))
         try:
-            STAGES[-1].bare.start()
-            STAGES[-1].ours.start()
+            for server in (bare, ours, again):
+                server.start()
             yield
         finally:
-            STAGES[-1].bare.kill()
-            STAGES[-1].ours.kill()
             STAGES.pop()
+            for server in (bare, ours, again):
+                server.kill()
 
 
 def _prepare(options: Options, folder: Path) -> dict[str, Any]:

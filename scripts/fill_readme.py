@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/scaling.md")
+PAGES = ("README.md", "docs/scaling.md", "docs/serving.md")
 PART = re.compile(r"<!-- (?P<name>[a-z][\w:-]*) -->\n(?P<body>.*?)<!-- /(?P=name) -->", re.DOTALL)
 FOLDERS = {
     "softprompt": "the package",

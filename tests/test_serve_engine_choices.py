@@ -13,7 +13,8 @@ from serve_kit import Served, answer, rows, running, serve, text_of, together, t
 
 from softprompt import ConfigError, PromptTuningConfig, SoftPromptError, UnsupportedError
 from softprompt.serve.batching import TransformersEngine
-from softprompt.serve.engine import EngineError, Piece
+from softprompt.serve.engine import EngineError, Piece, Sampling
+from softprompt.serve.sampling import Sampler, choose
 
 DRAWN: dict[str, Any] = {"temperature": 0.9, "max_tokens": 10, "ignore_eos": True}
 
@@ -53,9 +54,28 @@ def test_without_a_seed_answers_differ(served: Served) -> None:
 
 def test_top_k_of_one_and_little_top_p_are_greedy(served: Served) -> None:
     ids = rows(1)[0]
-    asks = [served.ask("kv", ids, temperature=1.0, max_tokens=8, **each) for each in ({"top_k": 1}, {"top_p": 1e-9})]
-    for pieces in together(served.engine, [*asks, served.ask(None, ids, **DRAWN)])[:2]:
+    least = {"top_k": 1, "top_p": 5e-324, "temperature": 2.0}  # a share of which rounds to nothing
+    asks = [
+        served.ask("kv", ids, **{"temperature": 1.0, "max_tokens": 8, **each})
+        for each in ({"top_k": 1}, {"top_p": 1e-9}, least)
+    ]
+    for pieces in together(served.engine, [*asks, served.ask(None, ids, **DRAWN)])[:3]:
         assert tokens_of(pieces) == served.offline("kv", ids, 8)
+
+
+def test_seeds_below_zero_are_others_than_above() -> None:
+    assert len({Sampler(Sampling(1, seed=seed), ()).random.random() for seed in range(-3, 4)}) == 7
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}, {"logprobs": 2}])
+def test_scores_that_are_no_numbers_harm_their_own_row_only(bad: float, sampling: dict[str, Any]) -> None:
+    scores = torch.zeros(3, 8)
+    scores[0, 5] = scores[2, 6] = 40.0
+    scores[1] = bad if bad < 0 else scores[1]
+    scores[1, 2] = bad
+    found = choose(scores, [Sampler(Sampling(1, **{"temperature": 0.0, **sampling}), ()) for _ in scores])
+    assert [None if each is None else each.token for each in found] == [5, None, 6]
 
 
 # ---- penalties and log-probabilities -------------------------------------------------------------------------------
@@ -220,6 +240,35 @@ def test_a_model_that_fails_ends_the_rows_it_fails_for(served: Served) -> None:
     assert isinstance(failed, EngineError) and "no memory" in str(failed) and "\n" not in str(failed)
     assert health is not None and later is None
     assert tokens_of(pieces) == served.offline("kv", ids)
+
+
+def test_a_model_that_has_failed_is_asked_until_it_answers(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else may ask: balancers send nothing to a server that says it is not well."""
+    monkeypatch.setattr("softprompt.serve.batching.AGAIN", 0.01)
+    engine, out_of_memory = served.engine, True
+
+    def fail(*_: Any) -> None:
+        if out_of_memory:
+            raise RuntimeError("no memory")
+
+    async def until(well: bool) -> None:
+        async with asyncio.timeout(10):
+            while (engine.health() is None) != well:
+                await asyncio.sleep(0.01)
+
+    async def whole() -> None:
+        nonlocal out_of_memory
+        with pytest.raises(EngineError):
+            await answer(engine, served.ask(None, [5, 6]))
+        await until(False)
+        await asyncio.sleep(0.1)
+        assert "no memory" in str(engine.health())  # as long as that is so
+        out_of_memory = False
+        await until(True)
+
+    hook = engine.base.register_forward_pre_hook(fail)
+    running(engine, whole)
+    hook.remove()
 
 
 def test_stopping_ends_what_is_under_way_and_refuses_more(served: Served) -> None:

@@ -59,7 +59,7 @@ def test_an_unknown_model(api: Api, path: str) -> None:
         assert len(answer.content) < 400
 
 
-WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+WRONG: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "misspelt": ("/v1/completions", {"temprature": 0}, "temprature"),
     "hot": ("/v1/completions", {"temperature": 2.5}, "temperature"),
     "text for a number": ("/v1/completions", {"temperature": "0"}, "temperature"),
@@ -75,8 +75,11 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "mixed": ("/v1/completions", {"prompt": ["a", 1]}, "prompt"),
     "negative id": ("/v1/completions", {"prompt": [1, -1]}, "prompt"),
     "half a character": ("/v1/completions", {"prompt": "\ud800"}, "prompt"),
+    "too many answers": ("/v1/completions", {"prompt": ["a"] * 9, "n": 64}, None),
     "empty stop": ("/v1/completions", {"stop": ["a", ""]}, "stop"),
     "stop that is a number": ("/v1/completions", {"stop": 3}, "stop"),
+    "long stop": ("/v1/completions", {"stop": "a" * 1025}, "stop"),
+    "metadata": ("/v1/completions", {"metadata": {str(each): "" for each in range(17)}}, "metadata"),
     "echo with logprobs": ("/v1/completions", {"echo": True, "logprobs": 1}, "echo"),
     "stream options": ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
     "seed": ("/v1/completions", {"seed": 1 << 63}, "seed"),
@@ -93,6 +96,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "previous": ("/v1/responses", {"previous_response_id": "resp_1"}, "previous_response_id"),
     "item": ("/v1/responses", {"input": [{"type": "item_reference", "id": "x"}]}, "input.0.role"),
     "include": ("/v1/responses", {"include": ["reasoning.encrypted_content"]}, "include.0"),
+    "included twice": ("/v1/responses", {"include": ["message.output_text.logprobs"] * 2}, "include"),
     "reasoning": ("/v1/responses", {"reasoning": {"effort": "high"}}, "reasoning"),
 }  # fmt: skip
 

@@ -324,6 +324,28 @@ def test_a_prompt_of_a_model_of_another_name_is_served_with_a_warning(
         assert warning is None and not warned
 
 
+def test_what_is_below_a_folder_that_cannot_be_listed_for_a_moment_stays(
+    library: PromptLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a network disk is away."""
+    before, real, away = library.get("b/c"), os.scandir, str(tmp_path / "prompts" / "b")
+
+    def scandir(path: str) -> object:
+        if str(path) == away:
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("softprompt.serve.adapters.os.scandir", scandir)
+        changes = library.scan()
+        assert not changes.removed and "cannot be read" in changes.refused["b"]
+        assert library.get("b/c") == before
+    assert not library.scan() and library.names() == ["a", "b/c"]
+    assert [row["name"] for row in library.listing()] == ["a", "b/c"]
+    shutil.rmtree(away)
+    assert set(library.scan().removed) == {"b/c"}
+
+
 # ---- several tasks -----------------------------------------------------------------------------------------------
 
 

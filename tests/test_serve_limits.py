@@ -1,8 +1,9 @@
 """Limits of the server: bodies, the queue, time; and clients that leave before their answer is there."""
 
+import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import httpx
 import openai
 import pytest
 from api_kit import BASE, TEXT, Api, Prompts, complete, serving, write_prompts
+
+from softprompt.serve.logs import RECORD, Record
+from softprompt.serve.sse import EventStream
 
 ENDLESS: dict[str, Any] = {"tokens": 900, "extra_body": {"ignore_eos": True}}
 BODY = {"model": "kv", "prompt": TEXT, "max_tokens": 900, "ignore_eos": True}
@@ -47,6 +51,34 @@ def wait_for_one_more(api: Api, status: int, before: float) -> None:
     while requests_with(api, status) != before + 1:
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+# ---- clients that do not read ------------------------------------------------------------------------------------
+
+
+def test_a_stream_that_nobody_reads_ends() -> None:
+    """The server's buffers are full, so what it sends waits; its places are free again when the time is over."""
+    closed, sent = [], []
+
+    async def events() -> AsyncGenerator[str, None]:
+        try:
+            while True:
+                yield "data: {}\n\n"
+        finally:
+            closed.append(True)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) > 3:
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    record = Record("/v1/completions")
+    scope = {"type": "http", RECORD: record}
+    asyncio.run(EventStream(events(), 0.1)(scope, receive, send))
+    assert closed and len(sent) == 4 and record.error == "timeout"
 
 
 # ---- bodies ------------------------------------------------------------------------------------------------------

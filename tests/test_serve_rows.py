@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from softprompt.prompt import KV
-from softprompt.serve.prompt_pool import Key, PromptPool
+from softprompt.serve.prompt_pool import PromptPool
 from softprompt.serve.row_cache import RowCache
 
 LAYERS, HEADS, SIZE = 2, 2, 3
@@ -69,11 +69,11 @@ def test_rows_join_and_leave() -> None:
 
 def test_prompts_come_and_go() -> None:
     draw, pool = random.Random(4), PromptPool()
-    known: dict[Key, KV] = {}
-    users: list[Key | None] = []
+    known: dict[str, KV] = {}
+    users: list[str | None] = []
     for number in range(300):
         if draw.random() < 0.5:
-            key: Key | None = draw.choice([None, (f"{draw.randrange(12)}", None)])
+            key: str | None = draw.choice([None, f"{draw.randrange(12)}"])
             if key is not None and key not in known:
                 length = draw.choice((1, 3, 4, 30))
                 parts = torch.randn(LAYERS, 2, 1, HEADS, length, SIZE)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 import tiny
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from softprompt.embedded import PATH
-from softprompt.serve.detokenize import Detokenizer, StopStrings, text_of
+from softprompt.errors import SoftPromptError
+from softprompt.serve.detokenize import Detokenizer, StopStrings, texts_of
+from softprompt.serve.filled import in_template
 
 TEXTS = ["the cat sat", "née Çelik, 東京 and 🎉👩‍👩‍👧 on one line\n\nand  another", " ", "\u202b\ufffdx", "a\ufffd"]
 
@@ -61,7 +66,7 @@ def test_words_with_a_blank_in_front_and_bytes_as_tokens() -> None:
     kanji = [4 + byte for byte in "東京".encode()]
     assert streamed(tokenizer, [1], [2, 3, *kanji, 1]) == [" cat", "s", "", "", "東", "", "", "京", " the", ""]
     assert "".join(streamed(tokenizer, [], [1, 2])) == "the cat"
-    assert text_of(tokenizer, 2, 1) == " cat"
+    assert texts_of(tokenizer, [2, 3], 1) == [" cat", "s"]
 
 
 def test_special_tokens_have_no_text_and_are_not_kept() -> None:
@@ -93,6 +98,50 @@ def test_stop_strings(text: str, stops: list[str], expected: str, size: int) -> 
     assert filter_.found == (expected != text)
 
 
+def test_stop_strings_that_overlap_with_themselves() -> None:
+    """As a search through the whole text finds them, whatever the parts it comes in."""
+    draw = random.Random(5)
+    found = 0
+    for _ in range(2000):
+        text = "".join(draw.choices("ab", k=draw.randint(0, 30)))
+        stops = ["".join(draw.choices("ab", k=draw.randint(1, 7))) for _ in range(draw.randint(1, 3))]
+        cuts = sorted(draw.choices(range(len(text) + 1), k=draw.randint(0, 8)))
+        filter_ = StopStrings(stops)
+        parts = [filter_.push(text[a:b]) for a, b in itertools.pairwise([0, *cuts, len(text)])]
+        # of strings that end in the same part the one that begins first counts: the part is the same token's
+        places = [text.find(stop) + len(stop) for stop in stops if stop in text]
+        assert filter_.found == bool(places)
+        sent = "".join(parts) + filter_.finish()
+        if not places:
+            assert sent == text
+            continue
+        found += 1
+        seen = min(cut for cut in [*cuts, len(text)] if cut >= min(places))
+        assert sent == text[: min(text.find(stop) for stop in stops if stop in text[:seen])]
+    assert found > 500
+
+
 def test_nothing_is_held_back_that_cannot_be_a_stop_string() -> None:
     filter_ = StopStrings(["</answer>"])
     assert [filter_.push(each) for each in ("a <", "b", " </ans", "x")] == ["a ", "<b", " ", "</ansx"]
+
+
+@pytest.mark.parametrize("template", ["[P] {a} {b} => {text}", "{a} [P] {b} [MASK]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[" * 100_000, f'{{"a": {"1" * 5000}, "b": "x"}}', "null", "3", '["a", "b"]', "{}", "no JSON"),
+        *('{"a": null, "b": "x"}', '{"a": ["x"], "b": "x"}', '{"a": "\\ud800", "b": "x"}'),
+    ],
+)
+def test_texts_that_cannot_fill_a_template_of_several_fields(template: str, text: str) -> None:
+    with pytest.raises(SoftPromptError) as error:
+        in_template(template, text, tiny.tokenizer())
+    assert "--" not in str(error.value)  # there are no flags over HTTP
+
+
+@pytest.mark.parametrize("template", ["[P] {a} {b} => {text}", "{a} [P] {b} [MASK]"])
+def test_numbers_are_texts_in_a_template(template: str) -> None:
+    tokenizer = tiny.tokenizer()
+    found = in_template(template, '{"a": 5, "b": "x"}', tokenizer)
+    assert found == in_template(template, '{"a": "5", "b": "x"}', tokenizer) and found.virtual == 1

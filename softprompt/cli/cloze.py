@@ -68,19 +68,24 @@ def cloze_inputs(cloze: Cloze, text: str | None, file: str | None) -> list[Cloze
     return [cloze_example(row, cloze.template) for row in rows]
 
 
-def fields_of(text: str, template: Template, fields: Sequence[str], where: str = "the input") -> dict[str, Any]:
-    """The values of the fields: the text itself where there is one, else those of a JSON object."""
+RAW = "; --raw takes the text as it is"
+
+
+def fields_of(
+    text: str, template: Template, fields: Sequence[str], where: str = "the input", remedy: str = RAW
+) -> dict[str, Any]:
+    """The values of the fields: the text itself where there is one, else those of a JSON object. ConfigError."""
     names = list(dict.fromkeys(fields))
     if len(names) == 1:
         return {names[0]: text}
     try:
         values = json.loads(text) if names else {}
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # of numbers and lists that are too long too
         values = None
     if not isinstance(values, dict):
         example = ", ".join(f'"{name}": "…"' for name in names)
         raise ConfigError(
             f"the template {template.text!r} has {len(names)} input fields, so {where} must be a JSON "
-            f"object: {{{example}}}; --raw takes the text as it is"
+            f"object: {{{example}}}{remedy}"
         )
     return values

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.checkpoint import SavedAdapter, load_adapter
-from softprompt.cli.cloze import fields_of, open_cloze, read_cloze, template_text
+from softprompt.cli.cloze import RAW, fields_of, open_cloze, read_cloze, template_text
 from softprompt.cloze import Cloze
 from softprompt.config import EmbeddingConfig, Placement
 from softprompt.data import Encoded, Example, Template, encode_all, encode_pairs, input_ids
@@ -162,15 +162,15 @@ def label_names_of(prompt: Path, saved: SavedAdapter) -> list[str] | None:
     return [str(number) for number in range(heads[-1].shape[0])]
 
 
-def example_of(text: str, template: Template | None, where: str = "the input") -> Example:
-    """A text from the command line as the prompt was trained to see it.
+def example_of(text: str, template: Template | None, where: str = "the input", remedy: str = RAW) -> Example:
+    """A text of its own as the prompt was trained to see it.
 
     With a template of one input field the text is that field; with several it is a JSON object of them. A text that
     already ends the way the template's input ends is complete and stays as it is.
     """
     if template is None or is_templated(text, template):
         return Example(text.rstrip(" "), ("",), where=where)
-    return input_example(Row(where, fields_of(text, template, template.fields[:-1], where)), template)
+    return input_example(Row(where, fields_of(text, template, template.fields[:-1], where, remedy)), template)
 
 
 def examples_of(file: str, template: Template | None, column: str | None = None) -> list[Example]:

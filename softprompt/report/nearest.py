@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+WORDS = 8192  # that are in float32 at a time
+
 
 def nearest_tokens(
     vectors: Tensor, words: Tensor, tokenizer: PreTrainedTokenizerBase, count: int = 3
@@ -14,8 +16,9 @@ def nearest_tokens(
 
     Returns pairs of token text and cosine, closest first; special tokens and unused rows are left out.
     """
-    table = words.detach().float()
-    cosines = torch.nn.functional.normalize(vectors.float(), dim=1) @ torch.nn.functional.normalize(table, dim=1).T
+    wanted, table = torch.nn.functional.normalize(vectors.float(), dim=1), words.detach()
+    parts = (torch.nn.functional.normalize(part.float(), dim=1) for part in table.split(WORDS))
+    cosines = torch.cat([wanted @ part.T for part in parts], dim=1)
     cosines[:, [number for number in tokenizer.all_special_ids if number < len(table)]] = -2.0
     cosines[:, len(tokenizer) :] = -2.0
     best = cosines.topk(min(count, len(table)), dim=1)

@@ -23,10 +23,11 @@ _TRUSTED = 0.1  # seconds after which a file system gives another change another
 
 @dataclass(frozen=True)
 class Found:
-    """The folder of an adapter, and why nothing in it is even looked at, if so."""
+    """The folder of an adapter, and why nothing in it is even looked at, if so. `unread`: who knows what is below."""
 
     folder: Path
     error: str | None = None
+    unread: bool = False
 
 
 def adapters_in(root: Path) -> dict[str, Found]:
@@ -48,7 +49,7 @@ def adapters_in(root: Path) -> dict[str, Found]:
         except OSError as error:
             if not name:
                 raise
-            found[name] = Found(Path(path), f"its folder cannot be read ({reason(error)}).")
+            found[name] = Found(Path(path), f"its folder cannot be read ({reason(error)}).", unread=True)
             continue
         for entry in inside:
             below = f"{name}/{entry.name}" if name else entry.name

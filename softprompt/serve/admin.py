@@ -1,5 +1,6 @@
 """HTTP routes to look at the library and, with the admin key, to load and unload prompts."""
 
+import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable
@@ -57,6 +58,7 @@ def admin_router(library: PromptLibrary, admin_key: str | None, may_see: MaySee 
     """
     router = APIRouter(tags=["prompts"])
     sees = may_see or (lambda request, name: True)
+    one_by_one = asyncio.Lock()  # each look goes through all of the word embeddings
 
     @router.get("/v1/prompts", summary="The prompts, and why others are not served")
     def prompts(request: Request) -> Response:
@@ -71,7 +73,8 @@ def admin_router(library: PromptLibrary, admin_key: str | None, may_see: MaySee 
         async def found() -> dict[str, Any]:
             if not sees(request, name):
                 raise UnknownPromptError(f"there is no prompt {name[:200]!r}; GET /v1/models lists those there are.")
-            words = await run_in_threadpool(library.nearest, name)
+            async with one_by_one:
+                words = await run_in_threadpool(library.nearest, name)
             return {"object": "prompt.nearest", "name": name, "tokens": words}
 
         return await _answer(found)

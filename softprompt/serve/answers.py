@@ -37,10 +37,10 @@ class Service:
         """Tokens of one request: virtual ones, its text and its answer."""
         return min(self.engine.max_length, self.engine.counts()["cache_tokens_limit"] - 1)
 
-    def check(self, model: str) -> None:
-        """RequestError with 404 for a name that nothing is served under."""
+    def check(self, model: str, answers: int) -> None:
+        """RequestError: 404 for a name that nothing is served under, 400 for more answers than can be at a time."""
         with self.use(model):
-            pass
+            self.gate.check(answers)
 
     def use(self, model: str) -> AbstractContextManager[Version | None]:
         """What the name means now, which stays until the block ends; None for the base model. RequestError with 404."""

@@ -20,6 +20,7 @@ import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 from time import monotonic
 from typing import Any, final
 
@@ -40,6 +41,9 @@ from softprompt.serve.steps import Model
 
 ENDLESS = 4096
 """`max_length` of a model whose positions have no end."""
+
+AGAIN = 1.0
+"""Seconds between two looks at a model that has failed."""
 
 Sent = list[tuple["asyncio.Queue[Piece | Exception]", Piece | Exception]]
 
@@ -209,10 +213,11 @@ class TransformersEngine:
             self._deliver()
 
     def _take_in(self) -> bool:
-        """Wait for something to do; False when it is time to stop."""
+        """Wait for something to do, not for long where something is broken; False when it is time to stop."""
         with self._here:
             while not self._new and self._schedule.idle and not self._stopping:
-                self._here.wait()
+                if not self._here.wait(None if self._schedule.broken is None else AGAIN):
+                    break
             new, self._new = self._new, []
             for row in new:
                 self._schedule.add(row)
@@ -246,17 +251,25 @@ def _ends(base: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _what_fits(geometry: Geometry, base: PreTrainedModel, most: int) -> int:
-    """How many tokens of keys and values a part of the memory holds: 40 % of what a GPU has free, or 1/8 of the CPU's.
+    """How many tokens of keys and values a part of the memory holds: 30 % of what a GPU has free, or 1/8 of the CPU's.
 
-    A cache that grows is there twice for a moment.
+    The cache has up to a quarter more room than that, one layer is there twice while it grows, and steps need some.
     """
     own = word_table(base)
     size = sum(each.heads * (each.key_size + each.value_size) for each in geometry.layers) * own.element_size()
     if own.device.type == "cuda":
-        memory = int(0.4 * torch.cuda.mem_get_info(own.device)[0])
+        memory = int(0.3 * torch.cuda.mem_get_info(own.device)[0])
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+        memory = _memory() // 8
     return max(1, min(most, memory // max(size, 1)))
+
+
+def _memory() -> int:
+    """Bytes of memory that this process may have, in a container too."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no such file, or "max"
+        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found
 
 
 def _dtype(base: str) -> str:

@@ -26,7 +26,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     record = record_of(request.scope)
     record.stream = bool(body.stream)
-    service.check(body.model)
+    service.check(body.model, body.n or 1)
     text = await service.text.conversation(spoken(body.messages), "messages")
     most = body.max_completion_tokens or body.max_tokens or service.most
     sampling = body.sampling(most, (body.top_logprobs or 0) if body.logprobs else None)

@@ -26,7 +26,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     record = record_of(request.scope)
     record.stream = bool(body.stream)
-    service.check(body.model)
+    service.check(body.model, len(body.prompt) * (body.n or 1))
     max_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     wanted = Wanted(body.model, body.prompt, body.sampling(max_tokens, body.logprobs), body.n or 1)
     answers = Answers(service, record, f"cmpl-{uuid.uuid4().hex}", wanted)
@@ -98,9 +98,18 @@ def logprobs(tokens: Sequence[TokenLogprob], start: int) -> dict[str, Any]:
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [finite(token.logprob) for token in tokens],
-        "top_logprobs": [{text: finite(score) for _, text, score in token.top} for token in tokens],
+        "top_logprobs": [_top(token) for token in tokens],
         "text_offset": offsets,
     }
+
+
+def _top(token: TokenLogprob) -> dict[str, float]:
+    """The likeliest tokens by their text, the chosen one among them; of those that look alike the likeliest."""
+    found: dict[str, float] = {}
+    for _, text, score in token.top:
+        found.setdefault(text, finite(score))
+    found.setdefault(token.text, finite(token.logprob))
+    return found
 
 
 def finite(score: float) -> float:

@@ -48,7 +48,7 @@ class StopStrings:
     """Holds back the end of a text while it may be the beginning of a stop string."""
 
     def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = tuple(each for each in strings if each)
+        self._searches = [_Search(each) for each in strings if each]
         self._held = ""
         self.found = False
 
@@ -56,12 +56,12 @@ class StopStrings:
         """What may be sent; after the first stop string, which sets `found`, nothing more."""
         if self.found:
             return ""
-        text = self._held + text
-        places = [place for place in (text.find(each) for each in self._strings) if place >= 0]
+        before, text = len(self._held), self._held + text
+        places = [before + end - len(each.string) for each in self._searches if (end := each.push(text[before:]))]
         if places:
             self.found, self._held = True, ""
             return text[: min(places)]
-        hold = max((_overlap(text, each) for each in self._strings), default=0)
+        hold = max((each.seen for each in self._searches), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
 
@@ -71,20 +71,45 @@ class StopStrings:
         return text
 
 
-def _overlap(text: str, string: str) -> int:
-    """How long the longest end of `text` is that `string` begins with, but is not yet the whole of it."""
-    longest = min(len(string) - 1, len(text))
-    return next((size for size in range(longest, 0, -1) if text.endswith(string[:size])), 0)
+class _Search:
+    """Looks for a string in a text that comes in parts, each character once (Knuth, Morris and Pratt).
+
+    `seen`: how much of the string's beginning the text ends with.
+    """
+
+    def __init__(self, string: str) -> None:
+        self.string, self.seen = string, 0
+        self._shorter = [0] * len(string)  # for each beginning the longest shorter one that it ends with
+        for place in range(1, len(string)):
+            self._shorter[place] = self._after(self._shorter[place - 1], string[place])
+
+    def push(self, text: str) -> int:
+        """Where in this part the string ends first; 0 if it does not. To be called until then."""
+        for place, letter in enumerate(text):
+            self.seen = self._after(self.seen, letter)
+            if self.seen == len(self.string):
+                return place + 1
+        return 0
+
+    def _after(self, seen: int, letter: str) -> int:
+        while seen and self.string[seen] != letter:
+            seen = self._shorter[seen - 1]
+        return seen + (self.string[seen] == letter)
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) if ids else ""
 
 
-def text_of(tokenizer: Any, token: int, before: int) -> str:
-    """The text of one token behind another; a part of a character is shown as `BROKEN`. Special tokens by name."""
-    ids = [before, token]
-    both, first = (
-        tokenizer.decode(each, skip_special_tokens=False, clean_up_tokenization_spaces=False) for each in (ids, ids[:1])
-    )
-    return both[len(first) :] if both.startswith(first) else tokenizer.decode([token])
+def texts_of(tokenizer: Any, tokens: Sequence[int], before: int) -> list[str]:
+    """The text of each token behind another; a part of a character is shown as `BROKEN`. Special tokens by name."""
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    first = text([before])
+    both = [text([before, token]) for token in tokens]
+    return [
+        each[len(first) :] if each.startswith(first) else text([token])
+        for token, each in zip(tokens, both, strict=True)
+    ]

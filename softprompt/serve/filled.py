@@ -7,6 +7,8 @@ from typing import Any
 
 from softprompt.serve.version import Version
 
+WHERE = "the text"
+
 
 @dataclass(frozen=True)
 class TextRow:
@@ -48,11 +50,15 @@ def in_template(template: str, text: str, tokenizer: Any) -> TextRow:
     from softprompt.cli.cloze import fields_of
     from softprompt.cli.prompted import example_of
     from softprompt.data import input_rows
+    from softprompt.data.columns import scalar
+    from softprompt.data.rows import Row
     from softprompt.template import Answer, Template
 
     parsed = Template(template)
     if parsed.has_mask:
-        row = parsed.encode(tokenizer, fields_of(text, parsed, parsed.fields, "the text"), answer=Answer.NEXT)
+        given = Row(WHERE, fields_of(text, parsed, parsed.fields, WHERE, ""))
+        fields = {name: scalar(given, name) for name in dict.fromkeys(parsed.fields)}
+        row = parsed.encode(tokenizer, fields, answer=Answer.NEXT)
         return TextRow(tuple(row.input_ids), tuple(row.slots))
-    ((ids, slots),) = input_rows([example_of(text, parsed, "the text")], tokenizer)
+    ((ids, slots),) = input_rows([example_of(text, parsed, WHERE, "")], tokenizer)
     return TextRow(tuple(ids), tuple(slots or ()))

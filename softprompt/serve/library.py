@@ -24,8 +24,10 @@ from typing import Any, final
 from softprompt.checkpoint import SavedAdapter
 from softprompt.checkpoint.files import local_files
 from softprompt.checkpoint.guard import reason
+from softprompt.config import KVConfig
 from softprompt.errors import CheckpointError, ConfigError, SoftPromptError, UnsupportedError
 from softprompt.inspect_prompt import method_name, tasks_of
+from softprompt.methods import METHODS
 from softprompt.prompt import Embeddings
 from softprompt.serve.adapters import Found, adapters_in, read_whole, settled
 from softprompt.serve.base import Base, other_base
@@ -116,7 +118,7 @@ class PromptLibrary:
     def scan(self, stop: Event | None = None) -> Changes:
         """Look at the folder and serve what is in it; only what has changed is read. Never raises for an adapter.
 
-        While the folder itself cannot be listed, as when a disk is away, everything stays. `stop` ends it early.
+        While a folder cannot be listed, as when a disk is away, everything below it stays. `stop` ends it early.
         """
         changes = Changes()
         with self._changing:
@@ -125,8 +127,10 @@ class PromptLibrary:
             except OSError as error:
                 log.warning("%s cannot be listed (%s); what was served still is", self.folder, reason(error))
                 return changes
+            away = tuple(f"{name}/" for name, place in found.items() if place.unread)
             for name in self._entries.keys() - found.keys():
-                self._set(name, None, changes)
+                if not name.startswith(away):
+                    self._set(name, None, changes)
             for name, place in found.items():
                 if stop is not None and stop.is_set():
                     break
@@ -203,13 +207,14 @@ class PromptLibrary:
         from softprompt.report.nearest import nearest_tokens
 
         with self.use(name) as version:
+            if issubclass(METHODS[version.method].config_class, KVConfig):
+                raise UnsupportedError(
+                    f"the prompt {name!r} is keys and values ({version.method}), which no words are near to; "
+                    "prompts in input space have nearest words."
+                )
             files = local_files(version.folder)
             prompt = self._prompts().load(version.name, version.folder, files, lambda size: None).prompt()
-        if not isinstance(prompt, Embeddings):
-            raise UnsupportedError(
-                f"the prompt {name!r} is keys and values ({version.method}), which no words are near to; "
-                "prompts in input space have nearest words."
-            )
+        assert isinstance(prompt, Embeddings)
         return nearest_tokens(prompt.vectors[0], self.base.words(), self.base.tokenizer, count)
 
     def close(self) -> None:

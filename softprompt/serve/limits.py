@@ -20,11 +20,15 @@ class Gate:
         self.most, self.max_waiting, self._waiting = max_batch + max_waiting, max_waiting, waiting
         self.inside = 0
 
-    @contextmanager
-    def enter(self, answers: int) -> Iterator[None]:
-        """Places for the answers of a request. RequestError: 429 if too few are free, 400 if too few exist."""
+    def check(self, answers: int) -> None:
+        """RequestError with 400 for more answers than there are places."""
         if answers > self.most:
             raise RequestError(400, f"The request asks for {answers} answers; {self.most} are possible at a time.")
+
+    @contextmanager
+    def enter(self, answers: int) -> Iterator[None]:
+        """Places for the answers of a request. RequestError: 429 if too few are free, else as `check`."""
+        self.check(answers)
         if self.inside + answers > self.most or self._waiting() > self.max_waiting:
             message = "Too many requests are waiting; try again in a moment."
             raise RequestError(429, message, code="queue_full", headers={"Retry-After": "1"})

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from threading import RLock
@@ -174,6 +175,7 @@ class Objects:
     def _clean(self) -> None:
         """Take away what a process left that was killed."""
         for path in self.folder.iterdir():
-            old = self.sole or time.time() - path.stat().st_mtime > _ABANDONED
-            if path.name.startswith((_NEW, _OLD)) and old:
-                shutil.rmtree(path, ignore_errors=True)
+            if path.name.startswith((_NEW, _OLD)):
+                with suppress(FileNotFoundError):  # another process has just finished with it
+                    if self.sole or time.time() - path.stat().st_mtime > _ABANDONED:
+                        shutil.rmtree(path, ignore_errors=True)

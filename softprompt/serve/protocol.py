@@ -22,6 +22,8 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from softprompt.serve.engine import Sampling
 
 MOST_STOPS, MOST_CHOICES, MOST_LOGPROBS = 16, 128, 20
+LONGEST_STOP = 1024  # characters
+MOST_METADATA = 16  # as OpenAI has it
 
 
 class Refused:
@@ -76,6 +78,8 @@ def _stops(value: Any) -> tuple[str, ...]:
     given = [value] if isinstance(value, str) else value or []
     if not isinstance(given, list) or len(given) > MOST_STOPS or not all(isinstance(s, str) and s for s in given):
         raise _wrong(f"Must be a string or a list of up to {MOST_STOPS} strings, none of them empty")
+    if any(len(each) > LONGEST_STOP for each in given):
+        raise _wrong(f"A stop string may have {LONGEST_STOP:,} characters")
     return tuple(_text(each) for each in given)
 
 
@@ -133,7 +137,7 @@ class GenerationRequest(Strict):
     stop: Stops = ()
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=MOST_METADATA)
     user: str | None = None
     """Accepted, like the next four, and without effect."""
     safety_identifier: str | None = None
@@ -248,6 +252,12 @@ def _items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
+def _once(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > 1:
+        raise _wrong("There is one thing to include, so the list has one item at most")
+    return value
+
+
 class ResponseRequest(GenerationRequest):
     """POST /v1/responses"""
 
@@ -260,7 +270,7 @@ class ResponseRequest(GenerationRequest):
     instructions: Annotated[str, AfterValidator(_text)] | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]] | None, BeforeValidator(_once)] = None
     text: Annotated[Any, Refused("answers are text here.", {}, {"format": {"type": "text"}})] = None
     truncation: Annotated[Any, Refused("nothing is left out of a text here.", "disabled")] = None
     background: Annotated[Any, Refused("answers are not made in the background here.", False)] = None

@@ -23,7 +23,7 @@ async def respond(body: ResponseRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     record = record_of(request.scope)
     record.stream = bool(body.stream)
-    service.check(body.model)
+    service.check(body.model, 1)
     messages = spoken(body.input)
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})

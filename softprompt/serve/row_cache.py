@@ -86,7 +86,7 @@ class RowCache:
 
     def _resize(self, rows: int, width: int) -> None:
         """Tensors for so many rows, their last tokens in column `width` − 1, and room behind it."""
-        rows, columns = 1 << (rows - 1).bit_length(), width + max(ROOM, width // 4)
+        rows, columns = rows + rows // 8, width + max(ROOM, width // 8)
         for layer in self.layers:
             layer.resize(rows, columns, width)
         self.begin, self.end = width - self.width, width

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from softprompt.prompt import KV
-from softprompt.serve.detokenize import Detokenizer, StopStrings, text_of
+from softprompt.serve.detokenize import Detokenizer, StopStrings, texts_of
 from softprompt.serve.engine import Ask, FinishReason, Piece, TokenLogprob
 from softprompt.serve.prompt_pool import Found
 from softprompt.serve.sampling import Choice, Sampler
@@ -82,6 +82,6 @@ class Row:
 
     def _logprob(self, choice: Choice) -> TokenLogprob:
         assert choice.logprob is not None
-        before = self.ids[-1]
-        top = tuple((token, text_of(self.tokenizer, token, before), value) for token, value in choice.top)
-        return TokenLogprob(choice.token, text_of(self.tokenizer, choice.token, before), choice.logprob, top)
+        text, *texts = texts_of(self.tokenizer, [choice.token, *(token for token, _ in choice.top)], self.ids[-1])
+        top = tuple((token, each, value) for (token, value), each in zip(choice.top, texts, strict=True))
+        return TokenLogprob(choice.token, text, choice.logprob, top)

@@ -30,7 +30,8 @@ class Sampler:
     chosen: int = 0
 
     def __post_init__(self) -> None:
-        self.random = Random(self.sampling.seed)
+        seed = self.sampling.seed
+        self.random = Random(None if seed is None else seed % (1 << 64))  # which takes −1 for 1
 
     @property
     def greedy(self) -> bool:
@@ -76,12 +77,12 @@ def check_sampling(sampling: Sampling, vocabulary: int) -> None:
 
 
 def choose(scores: Tensor, samplers: Sequence[Sampler]) -> list[Choice | None]:
-    """The next token of each row, given its scores `[B, V]`; None for a row whose scores are not numbers.
+    """The next token of each row, given its scores `[B, V]`; None for a row whose best score is no finite number.
 
     Log-probabilities are the model's own, before penalties and temperature.
     """
     scores = scores.float()
-    wrong = scores.isnan().any(dim=1).tolist()
+    wrong = (~scores.amax(dim=1).isfinite()).tolist()
     adjusted = _adjusted(scores, samplers)
     tokens = adjusted.argmax(dim=1).tolist()
     for filters in (False, True):  # rows are taken together only with rows that are treated alike
@@ -151,7 +152,9 @@ def _kept(chances: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     kept = torch.arange(size, device=chances.device)[None] < most
     left = chances * kept
     before = left.cumsum(dim=1) - left
-    return kept & (before < share[:, None] * left.sum(dim=1, keepdim=True))
+    kept &= before < share[:, None] * left.sum(dim=1, keepdim=True)
+    kept[:, 0] = True  # also of a share so small that it rounds to nothing
+    return kept
 
 
 def _with_logprobs(token: int, scores: Tensor, count: int) -> Choice:

@@ -10,6 +10,7 @@ from time import monotonic
 from typing import final
 
 import torch
+from transformers import DynamicCache
 
 from softprompt.errors import ConfigError, SoftPromptError
 from softprompt.prompt import KV
@@ -45,8 +46,11 @@ class Schedule:
     def step(self) -> None:
         """One step for everybody: those that go on get one token more each.
 
-        What goes wrong ends the rows that it happens to, with an error; `broken` says what, until a step succeeds.
+        What goes wrong ends the rows that it happens to, with an error; `broken` says what, until the model answers
+        again, which it is asked to where nobody else asks.
         """
+        if self.broken is not None and self.idle:
+            self._try_again()
         self._sweep()
         if self.beginning is None:
             self._admit()
@@ -127,11 +131,14 @@ class Schedule:
         try:
             scores = beginning.step()
         except Exception as error:  # as for a step of all; these rows have not yet to do with the others
-            self.beginning, self.broken = None, str(_failed(error))
+            self.beginning = None
+            if not isinstance(error, SoftPromptError):
+                self.broken = str(_failed(error))
             for row in beginning.rows:
                 self._let_go(row)
                 row.send(error if isinstance(error, SoftPromptError) else _failed(error))
             return
+        self.broken = None
         if scores is None:
             return
         try:
@@ -203,6 +210,15 @@ class Schedule:
         self._start_anew()
         for row in rows:
             row.send(_failed(error))
+
+    def _try_again(self) -> None:
+        """Whether the model reads a token by itself."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        try:
+            self.model.call(token, torch.ones_like(token), DynamicCache(), None)
+            self.broken = None
+        except Exception as error:  # as above
+            self.broken = str(_failed(error))
 
     def _start_anew(self) -> None:
         self.beginning = None

@@ -1,5 +1,6 @@
 """Server-sent events: answers that are sent while they are made."""
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -14,6 +15,7 @@ from softprompt.serve.limits import until_gone
 from softprompt.serve.logs import Record, record_of
 
 DONE = "data: [DONE]\n\n"
+GRACE = 5.0  # seconds for the last events of an answer that took all of its time
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies are not to hold events back
 
 
@@ -29,17 +31,23 @@ def error_event(error: RequestError) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Sends events while the client is there, and closes their generator in any case."""
+    """Sends events while the client is there, and closes their generator in any case.
 
-    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+    Answers end in time by themselves; a client that does not read what it is sent keeps its places `seconds`, no more.
+    """
+
+    def __init__(self, events: AsyncGenerator[str, None], seconds: float) -> None:
         super().__init__(events, headers=HEADERS, media_type="text/event-stream")
-        self._events = events
+        self._events, self._seconds = events, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_gone(receive, self.stream_response(send))
+            async with asyncio.timeout(self._seconds):
+                await until_gone(receive, self.stream_response(send))
         except ClientGone:
             record_of(scope).gone = True
+        except TimeoutError:
+            record_of(scope).error = "timeout"
         finally:
             await self._events.aclose()
 
@@ -55,7 +63,8 @@ async def event_stream(
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(_from(first, events, failed, record_of(request.scope)))
+    seconds = request.app.state.service.options.timeout + GRACE
+    return EventStream(_from(first, events, failed, record_of(request.scope)), seconds)
 
 
 async def _next(events: AsyncGenerator[str, None]) -> str:

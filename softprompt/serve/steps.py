@@ -67,8 +67,7 @@ class Beginning:
         run = Run(model.door, model.geometry, row.found.prompt, row.found.placement, slots)
         ids = torch.tensor([row.ids], device=model.device)
         placed, _ = run.placed({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, run.vectors, "left")
-        with torch.no_grad(), at_hand(model.door.base):  # (the last column may be a virtual token's)
-            return model.door.call(None, {**placed, **using(self._cache)}).logits[:, -1]
+        return model.scores(None, {**placed, **using(self._cache)})  # (the last column may be a virtual token's)
 
 
 @final
@@ -88,11 +87,13 @@ class Model:
 
     def call(self, ids: Tensor, mask: Tensor, cache: Cache, prompts: KV | None) -> Tensor:
         """The scores `[B, V]` behind the last column of `ids` `[B, T]`; `mask` `[B, T + what is cached]`."""
-        inputs = {"input_ids": ids, "attention_mask": mask, **using(cache)}
-        if self.door.keeps_logits:
-            inputs["logits_to_keep"] = 1
+        return self.scores(prompts, {"input_ids": ids, "attention_mask": mask, **using(cache)})
+
+    def scores(self, prompts: KV | None, inputs: dict[str, Any]) -> Tensor:
+        """Of a call with these inputs the scores `[B, V]` behind the last column, and no others where that can be."""
+        kept = {"logits_to_keep": 1} if self.door.keeps_logits else {}
         with torch.no_grad(), at_hand(self.door.base):
-            return self.door.call(prompts, inputs).logits[:, -1]
+            return self.door.call(prompts, inputs | kept).logits[:, -1]
 
     def join(self, beginning: Beginning) -> None:
         """Rows that have been read go on, behind the others; before anything is added to them."""

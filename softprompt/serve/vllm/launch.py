@@ -4,7 +4,8 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -16,10 +17,15 @@ from softprompt.serve.vllm.settings import ADMIN_KEY, Settings
 RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 """On a CPU vLLM leaves one core to its scheduler, and one more to any KV connector; this one has no use for it."""
 
+GROUPS = ("general", "io_processor", "platform", "stat_logger")
+"""Plugins of these kinds vLLM loads unless `VLLM_PLUGINS` is set, which it has to be for ours."""
+
 NOT_HERE = {
     "device": "vLLM's installation decides the device",
     "max_cache_tokens": "write -- --kv-cache-memory-bytes N",
     "log_prompts": "write -- --enable-log-requests",
+    "max_body": "put a proxy before it that limits bodies",
+    "timeout": "put a proxy before it that limits the time, or have clients do so",
 }
 
 
@@ -32,8 +38,9 @@ def launch(options: ServeOptions, engine_arguments: Sequence[str] = ()) -> None:
 
 def command(options: ServeOptions, engine_arguments: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
     """What Python runs, and the environment it runs in. ConfigError."""
+    usual = {each.name: each.default for each in fields(options)}
     for name, remedy in NOT_HERE.items():
-        if getattr(options, name):
+        if getattr(options, name) != usual[name]:
             raise ConfigError(f"{name}={getattr(options, name)!r} means nothing to the engine vllm; {remedy}.")
     objects, sole = options.objects, False
     if objects is None:
@@ -61,7 +68,10 @@ def _program(base: str) -> list[str]:
 
 def _environment(options: ServeOptions) -> dict[str, str]:
     environment = dict(os.environ)
-    names = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name]
+    if "VLLM_PLUGINS" in environment:
+        names = [name for name in environment["VLLM_PLUGINS"].split(",") if name]
+    else:
+        names = [each.name for kind in GROUPS for each in entry_points(group=f"vllm.{kind}_plugins")]
     environment["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "softprompt"]))
     environment.setdefault(RESERVED, "1")
     if options.admin_key is not None:
