@@ -33,6 +33,7 @@ ENGINE = "vllm" if find_spec("vllm") else "transformers"
 HELD = {"transformers": "softprompt_cache_tokens", "vllm": "vllm:kv_cache_usage_perc"}
 LENGTHS = (5, 20, 12, 33)  # virtual tokens
 NEW = 24
+MOST_WORDINGS = 40
 LOAD = 0.7  # of what the server can do
 LEAVING = 0.05  # of all requests
 WATCH = 0.2  # seconds
@@ -89,7 +90,10 @@ def load_group(options: Options, case: str, prompts: int, requests: int, wording
 
 
 class Stage:
-    """A base model, prompts in a folder, questions with their answers, and a server for all of that."""
+    """A base model, prompts in a folder, questions with their answers, and a server for all of that.
+
+    There are as many texts as `wordings` says, and more until every prompt has an answer that is its own.
+    """
 
     def __init__(self, base: Any, shape: str, prompts: int, wordings: int, folder: Path, new: int = NEW) -> None:
         from softprompt.embedded import PATH
@@ -104,13 +108,18 @@ class Stage:
         shutil.copytree(self.spare / "good" / "p5", self.spare / "new")  # of another kind and length than p4
         save_prompts(build("tiny-llama", "float32", "cpu"), self.spare / "other", 1, [4], ["prompt tuning"])
         self.tokenizer = load_tokenizer(str(where))
-        self.wordings = texts(self.tokenizer, wordings, 3, 12)
+        self.wordings, self.questions = [], []
         self.model = self._loaded(prompts)
         names = [None, *(f"p{number}" for number in range(prompts))]
-        self.questions = telling(offline(self.model, self.tokenizer, names, self.wordings, new))
-        silent = {name or "base" for name in names} - {question.model for question in self.questions}
+        silent = {name or "base" for name in names}
+        for text in texts(self.tokenizer, MOST_WORDINGS, 3, 12):
+            if len(self.wordings) >= wordings and not silent:
+                break
+            self.wordings.append(text)
+            self.questions += telling(offline(self.model, self.tokenizer, names, [text], new))
+            silent -= {question.model for question in self.questions}
         if silent:
-            raise RuntimeError(f"no answer of {', '.join(sorted(silent))} is its own; give more wordings")
+            raise RuntimeError(f"no answer of {', '.join(sorted(silent))} is its own")
         flags = ("--dtype", "float32", "--watch-seconds", str(WATCH))
         self.server: Any = softprompt_server(where, self.prompts, self.folder, ENGINE, flags)
 

@@ -15,15 +15,19 @@ from typing import Any
 import tiny
 import torch
 from transformers import PreTrainedModel
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from softprompt import METHODS, SoftPromptModel, get_peft_model
 from softprompt.serve.base import FolderBase
 from softprompt.serve.library import PromptLibrary
-from softprompt.serve.vllm.entered import enter, leave
+from softprompt.serve.vllm.connector import Load
+from softprompt.serve.vllm.entered import Entered, enter, leave
+from softprompt.serve.vllm.marks import DIGEST, LENGTH
 from softprompt.serve.vllm.settings import Settings
+from softprompt.serve.vllm.slots import Slots
 
 CONTEXT = 256
 WINDOW = 24  # shorter than the longer prompts
@@ -37,7 +41,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 FAMILIES = tuple(OVERRIDES)
 LENGTHS = {"prefix_tuning": 40, "prompt_tuning": 7, "p_tuning": 33, "multitask_prompt_tuning": 12, "cartridge": 64}
-BLOCK = 32
+BLOCK, BLOCKS = 32, {"mistral": 64}  # of the others, and of those
 
 
 def build(family: str) -> PreTrainedModel:
@@ -87,6 +91,19 @@ class Answer:
     top: list[dict[int, float]] = field(repr=False)
 
 
+def assert_alike(found: Answer, expected: Answer, tolerance: float) -> int:
+    """As far as both take the same words; where they part, these are even. How many places that were."""
+    for place, (mine, theirs) in enumerate(zip(found.top, expected.top, strict=True)):
+        shared = set(mine) & set(theirs)
+        assert len(shared) >= 3
+        assert max(abs(mine[token] - theirs[token]) for token in shared) < tolerance
+        one, other = found.ids[place], expected.ids[place]
+        if one != other:
+            assert theirs[other] - theirs.get(one, -100.0) < 2 * tolerance
+            return place + 1
+    return len(found.ids)
+
+
 def assert_same(found: Answer, expected: Answer, tolerance: float = 2e-4) -> None:
     assert found.ids == expected.ids
     for mine, theirs in zip(found.top, expected.top, strict=True):
@@ -110,6 +127,7 @@ class Engine:
 
     def __init__(self, llm: LLM, library: PromptLibrary, base: PreTrainedModel, prompts: Path) -> None:
         self.llm, self.library, self.base, self.prompts = llm, library, base, prompts
+        self.slots = Slots(llm.llm_engine.vllm_config, llm.get_tokenizer()) if llm is not None else None
         self._expected: dict[tuple[str | None, tuple[int, ...], int], Answer] = {}
 
     @property
@@ -119,6 +137,35 @@ class Engine:
     @property
     def free_blocks(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    @property
+    def block(self) -> int:
+        return self.llm.llm_engine.vllm_config.cache_config.block_size
+
+    @property
+    def prefixes(self) -> Any:
+        """What the worker holds in memory."""
+        return get_kv_transfer_group()._own()
+
+    def forget(self) -> None:
+        """Nothing is held in the worker's memory or in the prefix cache."""
+        self.prefixes._held.clear()
+        self.prefixes._nbytes = 0
+        assert self.llm.reset_prefix_cache()
+
+    @contextmanager
+    def loads(self) -> Iterator[list[Load]]:
+        """What the scheduler asks the worker to write meanwhile, in order."""
+        connector, seen = self.scheduler.connector, []
+
+        def told(output: Any, build: Any = connector.build_connector_meta) -> Any:
+            metadata = build(output)
+            seen.extend(metadata.loads)
+            return metadata
+
+        connector.build_connector_meta = told
+        yield seen
+        del connector.build_connector_meta
 
     def metric(self, name: str) -> float:
         return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
@@ -131,14 +178,16 @@ class Engine:
         params = SamplingParams(**{"max_tokens": count, "temperature": 0, "logprobs": 5, "ignore_eos": True} | options)
         entered = []
         for number, (name, ids) in enumerate(asks):
-            prompt = {"prompt_token_ids": ids}
+            prompt = {"type": "token", "prompt_token_ids": ids}
             if name is None:
                 entered.append((prompt, params, None))
                 continue
             version = versions[number] if versions else self.library.get(name)
-            found = enter(prompt, params, version, CONTEXT)
+            found = self.enter(prompt, params, version)
             entered.append((found.prompt, found.params, found))
-        outputs = self.llm.generate([each[0] for each in entered], [each[1] for each in entered], use_tqdm=False)
+        # As `LLM.generate`, which takes no requests that are ready for the engine.
+        self.llm._render_and_add_requests([each[0] for each in entered], [each[1] for each in entered])
+        outputs = self.llm._run_engine(RequestOutput, use_tqdm=False)
         answers = []
         for (_, ids), (_, _, found), output in zip(asks, entered, outputs, strict=True):
             output = output if found is None else leave(output, found)
@@ -146,12 +195,36 @@ class Engine:
             answers.append(_answer(output.outputs[0]))
         return answers
 
+    def enter(self, prompt: dict[str, Any], params: SamplingParams, version: Any) -> Entered:
+        place = self.slots.enter if version.slots else enter
+        return place(prompt, params, version, CONTEXT)
+
+    def raw(self, asks: Sequence[tuple[Any, Any, str, list[int]]]) -> list[str | None]:
+        """How requests end that say themselves what `enter` would say: digest, length, salt and text."""
+        prompts, params = [], []
+        for digest, length, salt, ids in asks:
+            virtual = length if type(length) is int and 0 < length < 200 else 5
+            prompts.append({"prompt_token_ids": [0] * virtual + ids, "cache_salt": salt})
+            transfer = {DIGEST: digest, LENGTH: length}
+            params.append(SamplingParams(max_tokens=3, temperature=0, extra_args={"kv_transfer_params": transfer}))
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [output.outputs[0].finish_reason for output in outputs]
+
     def expect(self, name: str | None, ids: list[int], count: int = 10) -> Answer:
         """What transformers answers, one row alone."""
         key = (name, tuple(ids), count)
         if key not in self._expected:
             self._expected[key] = self._expect(name, ids, count)
         return self._expected[key]
+
+    def penalised(self, name: str, ids: list[int], penalty: float) -> torch.Tensor:
+        """The next token's logits by the formula of the repetition penalty (1909.05858, 4.1) over the real tokens."""
+        model = SoftPromptModel.from_pretrained(self.base, self.prompts / name)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        seen = torch.tensor(sorted(set(ids)))
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        return logits
 
     def _expect(self, name: str | None, ids: list[int], count: int) -> Answer:
         if name is None:
@@ -197,7 +270,8 @@ def engine(family: str, folder: Path, prompts: Path | None = None, **options: An
     transfer = Settings(prompts, folder / "objects").as_config()
     llm = LLM(
         **{
-            "model": str(folder / "base"), "dtype": dtype, "enforce_eager": True, "block_size": BLOCK, "seed": 0,
+            "model": str(folder / "base"), "dtype": dtype, "enforce_eager": True, "seed": 0,
+            "block_size": BLOCKS.get(family, BLOCK),
             "max_model_len": CONTEXT, "max_num_seqs": 16, "kv_cache_memory_bytes": 32 << 20, "disable_log_stats": False,
             "kv_transfer_config": KVTransferConfig(**transfer), **options,
         }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import kit
-import torch
+import pytest
 from kit import assert_same
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from softprompt.errors import UnsupportedError
 from softprompt.serve.vllm.entered import PLACEHOLDER
+from softprompt.serve.vllm.marks import salt_of
 
 
 def test_every_method_in_one_batch_cold_and_cached(engine: kit.Engine) -> None:
@@ -36,26 +39,44 @@ def test_cached_blocks_are_used(engine: kit.Engine) -> None:
     engine.ask([(name, text)], 1)
     before = engine.metric("vllm:prefix_cache_hits")
     assert_same(engine.ask([(name, text)])[0], engine.expect(name, text))
-    assert engine.metric("vllm:prefix_cache_hits") - before == 96  # of 40 + 70 tokens, whole blocks
+    whole = (kit.LENGTHS[name] + len(text)) // engine.block * engine.block
+    assert engine.metric("vllm:prefix_cache_hits") - before == whole
+    assert whole == {32: 96, 64: 64}[engine.block]
 
 
 def test_repetition_penalty_does_not_see_placeholders(engine: kit.Engine) -> None:
     """The placeholder is a word like any other in the vocabulary, here made the likeliest answer by a little."""
     name, ids = "prompt_tuning", kit.texts(1, (6,), seed=3)[0]
     assert PLACEHOLDER not in ids
-    logits = _penalised(engine, name, ids, 1.5)
+    logits = engine.penalised(name, ids, 1.5)
     bias = {PLACEHOLDER: float(logits.max() - logits[PLACEHOLDER]) + 0.1}
     assert engine.ask([(name, ids)], 1, repetition_penalty=1.5)[0].ids == [int(logits.argmax())] != [PLACEHOLDER]
     assert engine.ask([(name, ids)], 1, repetition_penalty=1.5, logit_bias=bias)[0].ids == [PLACEHOLDER]
 
 
-def _penalised(engine: kit.Engine, name: str, ids: list[int], penalty: float) -> torch.Tensor:
-    """The next token's logits under the penalty, by its formula (1909.05858, section 4.1) over the real tokens."""
-    from softprompt import SoftPromptModel
+def test_a_file_that_cannot_be_read_fails_its_requests_only(engine: kit.Engine) -> None:
+    """Damaged after the scheduler has looked at it, and not in the worker's memory any more."""
+    name, ids = "cartridge", kit.texts(1, (8,), seed=5)[0]
+    version, other = engine.library.get(name), engine.library.get("p_tuning")
+    raw, beside = ((each.digest, each.length, salt_of(each.digest, "own"), ids) for each in (version, other))
+    file = version.folder / "kv.safetensors"
+    assert engine.raw([raw]) == ["length"]
+    whole, free = file.read_bytes(), engine.free_blocks
+    engine.forget()
+    file.unlink()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert engine.raw([beside, raw, beside, raw]) == ["length", "error"] * 2
+    assert_same(engine.ask([("p_tuning", ids)])[0], engine.expect("p_tuning", ids))
+    file.write_bytes(whole)
+    assert engine.raw([raw]) == ["length"]
+    assert_same(engine.ask([(name, ids)])[0], engine.expect(name, ids))
+    assert engine.free_blocks == free
 
-    model = SoftPromptModel.from_pretrained(engine.base, engine.prompts / name)
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
-    seen = torch.tensor(sorted(set(ids)))
-    logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
-    return logits
+
+def test_backends_that_cannot_be_given_keys_and_values(engine: kit.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    connector = get_kv_transfer_group()
+    layer = next(iter(engine.llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()))
+    connector.register_kv_caches({})
+    monkeypatch.setattr(layer.attn_backend, "forward_includes_kv_cache_update", True)
+    with pytest.raises(UnsupportedError, match="--attention-backend"):
+        connector.register_kv_caches({})

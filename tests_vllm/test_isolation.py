@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import kit
 import pytest
 from kit import assert_same
-from vllm import SamplingParams
-from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.exceptions import VLLMValidationError
 
-from softprompt.serve.vllm.marks import DIGEST, LENGTH, salt_of
+from softprompt.serve.vllm.marks import salt_of
 
 FAMILY = "llama"
+KINDS = {
+    "prefix_tuning": kit.config_of("prefix_tuning", 45),
+    "prompt_tuning": kit.config_of("prompt_tuning", 45),
+    "behind": kit.config_of("prompt_tuning", 45, placement="after_bos"),  # embeddings, and not keys and values
+}
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Engine]:
-    """Prompts of two kinds, each in two versions that differ in one number of thousands."""
+    """Prompts of three kinds, each in two versions that differ in one number of thousands."""
     folder = tmp_path_factory.mktemp("isolation")
     base = kit.build(FAMILY)
-    for method in ("prefix_tuning", "prompt_tuning"):
-        config = kit.config_of(method, 45)
-        kit.save_prompt(base, config, folder / "prompts" / method / "one")
-        kit.save_prompt(base, config, folder / "prompts" / method / "two", change=8.0)
-    with kit.engine(FAMILY, folder, folder / "prompts", max_num_batched_tokens=96) as running:
+    for kind, config in KINDS.items():
+        kit.save_prompt(base, config, folder / "prompts" / kind / "one")
+        kit.save_prompt(base, config, folder / "prompts" / kind / "two", change=8.0)
+    options = {"max_num_batched_tokens": 96, "enable_prompt_embeds": True}
+    with kit.engine(FAMILY, folder, folder / "prompts", **options) as running:
         yield running
 
 
@@ -34,9 +39,9 @@ def test_prompts_that_differ_in_one_number_under_load(engine: kit.Engine) -> Non
     """The same texts after each prompt and after none, in random order, cold and then cached."""
     free, some = engine.free_blocks, random.Random(0)
     rows = [(name, ids) for name in engine.names() for ids in kit.texts(6, (5, 40, 70), seed=1)]
-    for name in ("prefix_tuning", "prompt_tuning"):
+    for kind in KINDS:
         ids = rows[0][1]
-        assert engine.expect(f"{name}/one", ids).top != engine.expect(f"{name}/two", ids).top
+        assert engine.expect(f"{kind}/one", ids).top != engine.expect(f"{kind}/two", ids).top
     for _ in range(3):
         some.shuffle(rows)
         for (name, ids), found in zip(rows, engine.ask(rows), strict=True):
@@ -44,35 +49,62 @@ def test_prompts_that_differ_in_one_number_under_load(engine: kit.Engine) -> Non
     assert engine.free_blocks == free
 
 
-def test_two_versions_of_one_name(engine: kit.Engine) -> None:
+@pytest.mark.parametrize("kind", ["prefix_tuning", "behind"])
+def test_two_versions_of_one_name(engine: kit.Engine, kind: str) -> None:
     """Who began with the old version goes on with it while others have the new one."""
-    ids, folder = kit.texts(1, (60,), seed=2)[0], engine.prompts / "changing"
-    config, base = kit.config_of("prefix_tuning", 33), kit.build(FAMILY)
+    name = f"changing-{kind}"
+    ids, folder = kit.texts(1, (60,), seed=2)[0], engine.prompts / name
+    config, base = replace(KINDS[kind], num_virtual_tokens=33), kit.build(FAMILY)
     kit.save_prompt(base, config, folder)
     engine.library.scan()
-    old = engine.library.get("changing")
-    expected_old = engine._expect("changing", ids, 10)
+    old = engine.library.get(name)
+    expected_old = engine._expect(name, ids, 10)
     kit.save_prompt(base, config, folder, change=9.0)
-    engine.library.load("changing")
-    new = engine.library.get("changing")
+    engine.library.load(name)
+    new = engine.library.get(name)
     assert old.digest != new.digest
-    expected_new = engine._expect("changing", ids, 10)
+    expected_new = engine._expect(name, ids, 10)
     for _ in range(2):
-        found = engine.ask([("changing", ids)] * 4, versions=[old, new, old, new])
+        found = engine.ask([(name, ids)] * 4, versions=[old, new, old, new])
         for answer, expected in zip(found, [expected_old, expected_new] * 2, strict=True):
             assert_same(answer, expected)
     assert expected_old.top != expected_new.top
+
+
+def test_blocks_of_embeddings_are_shared_too(engine: kit.Engine) -> None:
+    """By requests for the same version, and by no others: not even the block in which the vectors are the same."""
+    ids = kit.texts(1, (70,), seed=8)[0]
+    hits = []
+    for name in ("behind/one", "behind/two", None, "behind/one", "behind/two"):
+        before = engine.metric("vllm:prefix_cache_hits")
+        assert_same(engine.ask([(name, ids)])[0], engine.expect(name, ids))
+        hits.append(engine.metric("vllm:prefix_cache_hits") - before)
+    assert hits == [0, 0, 0, 96, 96]
+
+
+def test_repetition_penalty_and_embeddings(engine: kit.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts words only; vLLM's other model runner would count a word that is not there."""
+    name, ids = "behind/one", kit.texts(1, (6,), seed=3)[0]
+    logits = engine.penalised(name, ids, 1.5)
+    assert 0 not in ids
+    bias = {0: float(logits.max() - logits[0]) + 0.1}
+    assert engine.ask([(name, ids)], 1, repetition_penalty=1.5)[0].ids == [int(logits.argmax())] != [0]
+    assert engine.ask([(name, ids)], 1, repetition_penalty=1.5, logit_bias=bias)[0].ids == [0]
+    monkeypatch.setattr(engine.slots, "_zeroed", True)
+    assert len(engine.ask([(name, ids)], 2)[0].ids) == 2
+    with pytest.raises(VLLMValidationError, match=r"repetition_penalty=1\.5"):
+        engine.ask([(name, ids)], 1, repetition_penalty=1.5)
 
 
 def test_without_the_salt_they_would_mix(engine: kit.Engine) -> None:
     """What the connector refuses is what would go wrong: the first to come fills the blocks for all."""
     one, two = (engine.library.get(f"prefix_tuning/{name}") for name in ("one", "two"))
     ids = kit.texts(1, (50,), seed=3)[0]
-    (refused,) = _raw(engine, [(one.digest, one.length, "shared", ids)])
+    (refused,) = engine.raw([(one.digest, one.length, "shared", ids)])
     assert refused == "error"
-    (refused,) = _raw(engine, [(two.digest, two.length, salt_of(one.digest), ids)])
+    (refused,) = engine.raw([(two.digest, two.length, salt_of(one.digest), ids)])
     assert refused == "error"
-    (done,) = _raw(engine, [(two.digest, two.length, salt_of(two.digest, "mine"), ids)])
+    (done,) = engine.raw([(two.digest, two.length, salt_of(two.digest, "mine"), ids)])
     assert done == "length"
 
 
@@ -101,7 +133,7 @@ def test_what_no_client_of_ours_sends_fails_alone(engine: kit.Engine) -> None:
     forged = [
         (one.digest if digest == "ok" else digest, length, salt_of(one.digest), ids) for digest, length in HOSTILE
     ]
-    ended = _raw(engine, [*forged, (one.digest, one.length, salt_of(one.digest), ids)])
+    ended = engine.raw([*forged, (one.digest, one.length, salt_of(one.digest), ids)])
     assert ended == ["error"] * len(forged) + ["length"]
     assert engine.free_blocks == free
     assert_same(engine.ask([("prefix_tuning/one", ids)])[0], engine.expect("prefix_tuning/one", ids))
@@ -120,24 +152,24 @@ def test_a_file_that_is_gone_or_damaged_fails_its_requests_only(engine: kit.Engi
             file.write_bytes(content)
         else:
             file.mkdir()
-        assert _raw(engine, [raw]) == ["error"]
+        assert engine.raw([raw]) == ["error"]
         assert_same(engine.ask([("prefix_tuning/one", ids)])[0], engine.expect("prefix_tuning/one", ids))
         file.rmdir() if content is None else None
         file.write_bytes(whole)
-    assert _raw(engine, [raw]) == ["length"]
-    prefixes = _prefixes()
+    assert engine.raw([raw]) == ["length"]
+    prefixes = engine.prefixes
     before, prefixes.max_bytes = prefixes.max_bytes, 0
     prefixes._keep("", [])  # what is held goes
     file.write_bytes(whole[: len(whole) // 2])  # after the scheduler has looked at it
-    assert _raw(engine, [raw, raw]) == ["error"] * 2
+    assert engine.raw([raw, raw]) == ["error"] * 2
     prefixes.max_bytes = before
     file.write_bytes(whole)
-    assert _raw(engine, [raw]) == ["length"]
+    assert engine.raw([raw]) == ["length"]
     assert engine.free_blocks == free
 
 
 def test_prompts_beyond_the_memory_limit_are_read_again(engine: kit.Engine) -> None:
-    prefixes = _prefixes()
+    prefixes = engine.prefixes
     before, prefixes.max_bytes = prefixes.max_bytes, 100_000
     ids = kit.texts(1, (4,), seed=6)[0]
     try:
@@ -148,19 +180,3 @@ def test_prompts_beyond_the_memory_limit_are_read_again(engine: kit.Engine) -> N
         assert prefixes._nbytes <= 100_000
     finally:
         prefixes.max_bytes = before
-
-
-def _prefixes() -> Any:
-    return get_kv_transfer_group()._own()
-
-
-def _raw(engine: kit.Engine, asks: list[tuple[Any, Any, str, list[int]]]) -> list[str | None]:
-    """How requests end that say themselves what `enter` would say."""
-    prompts, params = [], []
-    for digest, length, salt, ids in asks:
-        virtual = length if type(length) is int and 0 < length < 200 else 5
-        prompts.append({"prompt_token_ids": [0] * virtual + ids, "cache_salt": salt})
-        transfer = {DIGEST: digest, LENGTH: length}
-        params.append(SamplingParams(max_tokens=3, temperature=0, extra_args={"kv_transfer_params": transfer}))
-    outputs = engine.llm.generate(prompts, params, use_tqdm=False)
-    return [output.outputs[0].finish_reason for output in outputs]

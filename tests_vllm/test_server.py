@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,11 +23,13 @@ from typing import Any
 
 import kit
 import openai
+import psutil
 import pytest
 import tiny
 import torch
 
 from softprompt import SoftPromptModel, get_peft_model, initialize_kv_prefix_from_text
+from softprompt.serve.filled import in_template
 from softprompt.template import Template
 
 STORY = "the cat sat on the mat and the dog ran to the red house by the river while it rained"
@@ -43,6 +46,7 @@ class Server:
     base: Any
     prompts: Path
     log: Path
+    process: subprocess.Popen[bytes]
     clients: dict[str, openai.OpenAI] = field(default_factory=dict)
 
     def client(self, key: str = ALL) -> openai.OpenAI:
@@ -62,6 +66,17 @@ class Server:
         request.add_header("Authorization", f"Bearer {key}")
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.read().decode()
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """The engine's process stops; the API goes on."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        (engine,) = (each for each in below if "EngineCore" in each.name())
+        engine.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            engine.send_signal(signal.SIGCONT)
 
     def metric(self, name: str) -> float:
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name)]
@@ -108,7 +123,7 @@ def started(folder: Path, keys: Path) -> Iterator[Server]:
     log = folder / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    server = Server(f"http://127.0.0.1:{port}", kit.build("llama"), folder / "prompts", log)
+    server = Server(f"http://127.0.0.1:{port}", kit.build("llama"), folder / "prompts", log, process)
     try:
         _wait(server, process)
         yield server
@@ -147,12 +162,19 @@ def expected(server: Server, name: str, text: str, count: int, **options: Any) -
     return kit.greedy(model, tiny.tokenizer()(text)["input_ids"], count, **options).ids
 
 
+def expected_inside(server: Server, text: str, count: int) -> list[int]:
+    model = SoftPromptModel.from_pretrained(server.base, server.prompts / "inside")
+    row = in_template(SLOTS, text, tiny.tokenizer())
+    return kit.greedy(model, list(row.ids), count, slots=torch.tensor([row.slots])).ids
+
+
 def tokens(choice: Any) -> list[int]:
     """What vLLM adds on request: the model's words are no valid text, and so no measure."""
     return choice.model_extra["token_ids"]
 
 
 EXACT: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
+SEVERAL: dict[str, Any] = {"n": 3, "temperature": 1, "extra_body": {**EXACT["extra_body"], "top_k": 1}}
 
 
 def test_names(server: Server) -> None:
@@ -175,6 +197,18 @@ def test_completions(server: Server, name: str) -> None:
     assert f'softprompt_virtual_tokens_total{{model="{name}"}}' in server.get("/metrics")
     pieces = server.client().completions.create(model=name, prompt=QUESTION, max_tokens=12, stream=True, **EXACT)
     assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == answer.choices[0].text
+
+
+def test_several_texts_in_one_request(server: Server) -> None:
+    """Each is answered by itself, and the header adds up their virtual tokens."""
+    asked, create = [QUESTION, "red", " the river by the red house"], server.client().completions.with_raw_response
+    for name, length in [("prefix", kit.LENGTHS["prefix_tuning"]), ("inside", 3)]:
+        response = create.create(model=name, prompt=asked, max_tokens=8, **EXACT)
+        assert response.headers["x-softprompt-virtual-tokens"] == str(3 * length)
+        wanted = [
+            expected_inside(server, text, 8) if name == "inside" else expected(server, name, text, 8) for text in asked
+        ]
+        assert [tokens(choice) for choice in response.parse().choices] == wanted
 
 
 def test_one_task_of_several(server: Server) -> None:
@@ -206,6 +240,17 @@ def test_chat_and_responses(server: Server) -> None:
         )
         assert response.output_text == wanted
         assert response.usage is not None and response.usage.input_tokens == answer.usage.prompt_tokens
+        events = server.client().responses.create(
+            model=name,
+            input=messages,
+            max_output_tokens=10,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        *_, last = seen = list(events)
+        assert "".join(event.delta for event in seen if event.type == "response.output_text.delta") == wanted
+        assert last.type == "response.completed" and last.response.usage == response.usage
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -258,22 +303,66 @@ def test_echo_and_its_logprobs_leave_virtual_tokens_out(server: Server) -> None:
 
 def test_virtual_tokens_inside_the_text(server: Server) -> None:
     """P-tuning's template is filled with the text, and its vectors stand where it says."""
-    answer = server.client().completions.create(model="inside", prompt="red house", max_tokens=10, **EXACT)
-    tokenizer = tiny.tokenizer()
-    model = SoftPromptModel.from_pretrained(server.base, server.prompts / "inside")
-    from softprompt.serve.filled import in_template
-
-    row = in_template(SLOTS, "red house", tokenizer)
-    ids, slots = list(row.ids), list(row.slots)
+    slots = in_template(SLOTS, "red house", tiny.tokenizer()).slots
     assert sum(slot >= 0 for slot in slots) == 3 and slots[0] < 0
-    assert tokens(answer.choices[0]) == kit.greedy(model, ids, 10, slots=torch.tensor([slots])).ids
-    assert answer.usage is not None and answer.usage.prompt_tokens == sum(slot < 0 for slot in slots)
+    for options in ({}, SEVERAL, {"extra_body": {**EXACT["extra_body"], "add_special_tokens": False}}):
+        answer = server.client().completions.create(
+            model="inside", prompt="red house", max_tokens=10, **EXACT | options
+        )
+        assert [tokens(choice) for choice in answer.choices] == [
+            expected_inside(server, "red house", 10)
+        ] * options.get("n", 1)
+        assert answer.usage is not None and answer.usage.prompt_tokens == sum(slot < 0 for slot in slots)
 
 
 def test_virtual_tokens_behind_the_first_token(server: Server) -> None:
-    answer = server.client().completions.create(model="behind", prompt=QUESTION, max_tokens=10, **EXACT)
-    assert tokens(answer.choices[0]) == expected(server, "behind", QUESTION, 10)
-    assert answer.usage is not None and answer.usage.prompt_tokens == len(tiny.tokenizer()(QUESTION)["input_ids"])
+    for options in ({}, SEVERAL):
+        answer = server.client().completions.create(model="behind", prompt=QUESTION, max_tokens=10, **EXACT | options)
+        count = options.get("n", 1)
+        assert [tokens(choice) for choice in answer.choices] == [expected(server, "behind", QUESTION, 10)] * count
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == len(tiny.tokenizer()(QUESTION)["input_ids"])
+
+
+def test_a_template_takes_a_whole_text_and_nothing_else(server: Server) -> None:
+    """What was cut, token ids, and conversations, which are no field of a template."""
+    client, messages = server.client(), [{"role": "user", "content": "cat"}]
+    for call in (
+        lambda: client.completions.create(model="inside", prompt=QUESTION, extra_body={"truncate_prompt_tokens": 2}),
+        lambda: client.completions.create(model="inside", prompt=[5, 6, 7]),
+        lambda: client.chat.completions.create(model="inside", messages=messages),
+        lambda: client.chat.completions.create(model="inside", messages=messages, extra_body={"echo": True}),
+        lambda: client.responses.create(model="inside", input=messages),
+    ):
+        with pytest.raises(openai.BadRequestError, match="send it to /v1/completions"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["inside", "behind"])
+def test_no_beams_where_virtual_tokens_stand_inside(server: Server, name: str) -> None:
+    body = {"use_beam_search": True}
+    with pytest.raises(openai.BadRequestError, match="without use_beam_search"):
+        server.client().completions.create(model=name, prompt=QUESTION, n=2, max_tokens=5, extra_body=body)
+    with pytest.raises(openai.BadRequestError, match="without use_beam_search"):
+        server.client().chat.completions.create(
+            model=name, messages=[{"role": "user", "content": "cat"}], n=2, max_tokens=5, extra_body=body
+        )
+
+
+def test_beams_end_where_the_room_ends_and_count_once(server: Server) -> None:
+    length, body = kit.LENGTHS["prefix_tuning"], {"use_beam_search": True, "ignore_eos": True}
+    long = kit.texts(1, (kit.CONTEXT - length - 5,))[0]
+    before = server.metric('softprompt_virtual_tokens_total{model="prefix"}')
+    for text, count in ((long, 5), (long[:20], 12)):
+        response = server.client().completions.with_raw_response.create(
+            model="prefix", prompt=text, n=2, max_tokens=12, temperature=0, extra_body=body
+        )
+        assert response.headers["x-softprompt-virtual-tokens"] == str(length)
+        usage = response.parse().usage
+        assert usage is not None and usage.completion_tokens == 2 * count
+    assert server.metric('softprompt_virtual_tokens_total{model="prefix"}') - before == 2 * length
+    with pytest.raises(openai.BadRequestError, match="no room for an answer"):
+        server.client().completions.create(model="prefix", prompt=long + long[:5], n=2, extra_body=body)
 
 
 HOSTILE: list[dict[str, Any]] = [
@@ -358,6 +447,33 @@ def test_prompts_come_change_and_go(server: Server) -> None:
     with pytest.raises(urllib.error.HTTPError, match="403") as refused:
         server.post("/v1/prompts/unload", {"name": "new"}, ALL)
     refused.value.close()
+
+
+@pytest.mark.parametrize("kind", ["front", "after_bos"])
+def test_streams_go_on_with_the_version_they_began_with(server: Server, kind: str) -> None:
+    """One that has begun and one that waits, while the prompt is replaced, and while it is unloaded."""
+    config, name, client = kit.config_of("prompt_tuning", 30, placement=kind), f"stream-{kind}", server.client()
+    ask: Any = {"model": name, "prompt": QUESTION, "max_tokens": 150, "stream": True, **EXACT}
+    kit.save_prompt(server.base, config, server.prompts / name, seed=30)
+    server.post("/v1/prompts/load", {"name": name})
+    found, wanted = [], []
+    for act in ("load", "unload"):
+        wanted.append(expected(server, name, QUESTION, 150))
+        ended = server.metric("vllm:request_success_total")
+        begun = client.completions.create(**ask)
+        first = next(iter(begun))
+        with server.standing_still():
+            waiting = client.completions.create(**ask)
+            if act == "load":
+                kit.save_prompt(server.base, config, server.prompts / name, seed=31)
+            server.post(f"/v1/prompts/{act}", {"name": name})
+            assert server.metric("vllm:request_success_total") == ended
+        for stream in ([first, *begun], waiting):
+            found.append([token for piece in stream if piece.choices for token in tokens(piece.choices[0])])
+    assert found == [wanted[0]] * 2 + [wanted[1]] * 2
+    assert wanted[0] != wanted[1]
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(**ask)
 
 
 def test_a_client_that_leaves_frees_its_blocks(server: Server) -> None:

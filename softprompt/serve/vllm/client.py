@@ -5,35 +5,44 @@ stands in the place of their engine client. It puts placeholders before the text
 them off its answers, and lets nothing through that would reach a prompt past this door.
 """
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, final
 from uuid import uuid4
 
+from msgspec.structs import replace
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
 from softprompt.serve.version import Version
-from softprompt.serve.vllm.entered import Entered, check_free, enter, leave
+from softprompt.serve.vllm.entered import Entered, check_free, check_room, enter, leave, token_ids
 from softprompt.serve.vllm.slots import Slots
 
 
 class PromptModel(LoRARequest, kw_only=True, weakref=True):
-    """What vLLM's handlers hold for a prompt's name: one version of it. It never reaches the engine."""
+    """What vLLM's handlers hold for a prompt's name: one version of it. It never reaches the engine.
+
+    `search`: the request is a step of a beam search for that model, which it holds as long as it is under way.
+    """
 
     version: Version
+    search: "PromptModel | None" = None
 
 
 @final
 class PromptClient:
-    """An engine client with prompts. `counted` is told of each request: the prompt's name, and its virtual tokens."""
+    """An engine client with prompts. `counted` is told of each text: the prompt's name, and its virtual tokens.
 
-    def __init__(self, engine: Any, counted: Callable[[str, int], None] = lambda name, virtual: None) -> None:
-        self._engine = engine
-        self._counted = counted
-        self._slots = Slots(engine.model_config, engine.renderer.tokenizer)
+    `fills`: what comes here are texts as clients wrote them, which may fill a prompt's template.
+    """
+
+    def __init__(
+        self, engine: Any, counted: Callable[[str, int], None] = lambda name, virtual: None, fills: bool = True
+    ) -> None:
+        self._engine, self._counted, self._fills = engine, counted, fills
+        self._slots = Slots(engine.vllm_config, engine.renderer.tokenizer)
 
     def __getattr__(self, name: str) -> Any:
         """All the rest is the engine's own."""
@@ -52,16 +61,51 @@ class PromptClient:
         if not isinstance(lora_request, PromptModel):
             check_free(prompt, sampling_params)
             return self._engine.generate(prompt, sampling_params, request_id, lora_request=lora_request, **more)
-        version = lora_request.version
-        place = self._slots.enter if version.slots else enter
-        entered = place(prompt, sampling_params, version, self._engine.model_config.max_model_len)
-        self._counted(version.name, entered.virtual)
+        version, longest = lora_request.version, self._engine.model_config.max_model_len
+        if version.slots:
+            entered = self._slots.enter(prompt, sampling_params, version, longest, self._fills)
+        else:
+            entered = enter(prompt, sampling_params, version, longest)
+        if lora_request.search is None:
+            self._counted(version.name, entered.virtual)
         return self._answers(entered, request_id, lora_request, more)
 
     def encode(self, *args: Any, lora_request: LoRARequest | None = None, **more: Any) -> Any:
         if isinstance(lora_request, PromptModel):
             raise VLLMValidationError(f"the prompt {lora_request.lora_name!r} is there for generation only.")
         return self._engine.encode(*args, lora_request=lora_request, **more)
+
+    def not_filling(self) -> "PromptClient":
+        """The same for conversations and token ids."""
+        return PromptClient(self._engine, self._counted, fills=False)
+
+    def beams(self, search: Callable[..., AsyncGenerator[RequestOutput, None]]) -> Callable[..., Any]:
+        """`search`, a handler's beam search, with prompts. Each of its steps comes to `generate` as a request."""
+
+        def searching(
+            *, prompt: Any, params: BeamSearchParams, lora_request: LoRARequest | None = None, **more: Any
+        ) -> AsyncGenerator[RequestOutput, None]:
+            if isinstance(lora_request, PromptModel):
+                params = self._searched(prompt, params, lora_request.version)
+                lora_request = replace(lora_request, search=lora_request)
+            return search(prompt=prompt, params=params, lora_request=lora_request, **more)
+
+        return searching
+
+    def _searched(self, prompt: Mapping[str, Any], params: BeamSearchParams, version: Version) -> BeamSearchParams:
+        """Beams as long as there is room for, as other answers are. VLLMValidationError."""
+        if version.slots:  # vLLM's steps go on from the text alone, and have lost the tokens that were found
+            raise VLLMValidationError(
+                f"there is no beam search with {version.name!r}, whose virtual tokens stand inside the text; ask "
+                "without use_beam_search.",
+                parameter="use_beam_search",
+            )
+        check_free(prompt, params)
+        length = len(token_ids(prompt))
+        room = self._engine.model_config.max_model_len - version.length - length
+        check_room(room, version, length)
+        self._counted(version.name, version.length)
+        return replace(params, max_tokens=min(params.max_tokens, room))
 
     async def _answers(
         self, entered: Entered, request_id: str, model: PromptModel, more: dict[str, Any]

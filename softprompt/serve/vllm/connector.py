@@ -6,6 +6,10 @@ vLLM gives them blocks and computes only what follows. The worker's side writes 
 blocks before the step runs: after a preemption once more, and nothing for blocks that the prefix cache still has. They
 are written by the attention layer itself, since only its backend knows how it packs them.
 
+A request whose prompt cannot be read fails alone. vLLM fails it for the blocks of the step where blocks have numbers of
+their own, and where several groups of layers number theirs alike (Gemma 3), only while it waits for a load between two
+steps: there such loads are all of that kind, and the request starts one step later.
+
 Which blocks requests share is decided by vLLM's hashes, and those have the request's cache salt in them. A request
 whose salt does not carry the digest of its prompt is failed, as is one whose prompt cannot be read: without its prompt
 it would get the answer to another question.
@@ -44,7 +48,7 @@ class Load:
     """Virtual tokens `start` … `length` − 1 of a prompt, to be written into a request's blocks.
 
     `blocks`: for each group of layers the ids of the request's first blocks. `digest` None: what was asked for cannot
-    be had, and the request is to fail.
+    be had, and the request is to fail. `waits`: the request waits for this, and the step goes on without it.
     """
 
     request_id: str
@@ -52,6 +56,7 @@ class Load:
     start: int
     length: int
     blocks: tuple[list[int], ...]
+    waits: bool
 
 
 @dataclass
@@ -82,13 +87,15 @@ class SoftPromptConnector(KVConnectorBase_V1, SupportsHMA):
         self._max_bytes = _setting(extra, "max_bytes", int, MAX_BYTES)
         self._groups = [_Group(group.layer_names, group.kv_cache_spec.block_size) for group in
                         kv_cache_config.kv_cache_groups]  # fmt: skip
+        self._wait = len(self._groups) > 1  # whether requests wait for their loads
         names = sorted((name for group in self._groups for name in group.layers), key=extract_layer_index)
         self._number = {name: number for number, name in enumerate(names)}
         self._asked: dict[str, Asked] = {}  # by request
         self._loads: list[Load] = []  # of the step that is being scheduled
         self._good: set[tuple[str, int]] = set()
         self._prefixes: Prefixes | None = None
-        self._failed: set[str] = set()
+        self._waited: set[str] = set()  # requests whose loads are over …
+        self._failed: set[str] = set()  # … and which of them failed
         self._failed_blocks: set[int] = set()
 
     @property
@@ -110,21 +117,22 @@ class SoftPromptConnector(KVConnectorBase_V1, SupportsHMA):
             return 0, False
         if asked.digest is None:  # only a load that goes on between steps can fail for any model
             return request.num_tokens - num_computed_tokens, True
-        return max(0, asked.length - num_computed_tokens), False
+        missing = max(0, asked.length - num_computed_tokens)
+        return missing, missing > 0 and self._wait
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         asked = self._asked.get(request.request_id)
         if asked is None or num_external_tokens == 0:
             return
         if asked.digest is None:
-            self._loads.append(Load(request.request_id, None, 0, 0, ()))
+            self._loads.append(Load(request.request_id, None, 0, 0, (), waits=True))
             return
         first = tuple(
             [NO_BLOCK if block.is_null else block.block_id for block in there[: group.blocks(asked.length)]]
             for group, there in zip(self._groups, blocks.blocks, strict=True)
         )
         start = asked.length - num_external_tokens
-        self._loads.append(Load(request.request_id, asked.digest, start, asked.length, first))
+        self._loads.append(Load(request.request_id, asked.digest, start, asked.length, first, self._wait))
 
     def build_connector_meta(self, scheduler_output: Any) -> Loads:
         loads, self._loads = self._loads, []
@@ -173,24 +181,33 @@ class SoftPromptConnector(KVConnectorBase_V1, SupportsHMA):
 
     # ---- worker --------------------------------------------------------------------------------------------------
 
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """UnsupportedError for layers that cannot be given keys and values."""
+        layers = self._vllm_config.compilation_config.static_forward_context
+        for name in self._number:
+            _check_layer(name, layers[name])
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, Loads)
         for load in metadata.loads:
+            if load.waits:
+                self._waited.add(load.request_id)
             if load.digest is None:
                 self._failed.add(load.request_id)
                 continue
             try:
                 self._write(load)
             except CheckpointError as error:
-                if len(self._groups) > 1:  # where vLLM cannot fail one request for the blocks of a step
-                    raise
                 LOGGER.error("request %s cannot have its prompt: %s", load.request_id, error)
-                self._failed_blocks |= set(load.blocks[0][load.start // self._groups[0].size :]) - {NO_BLOCK}
+                if load.waits:
+                    self._failed.add(load.request_id)
+                else:
+                    self._failed_blocks |= set(load.blocks[0][load.start // self._groups[0].size :]) - {NO_BLOCK}
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        failed, self._failed = self._failed, set()
-        return KVConnectorTransferResults(finished_recving=failed, failed_recving=set(failed))
+        waited, self._waited, failed, self._failed = self._waited, set(), self._failed, set()
+        return KVConnectorTransferResults(finished_recving=waited, failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()
@@ -259,14 +276,32 @@ def _setting(extra: dict[str, Any], name: str, kind: type, default: Any = None) 
 
 def _check(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """ConfigError or UnsupportedError for what would put keys and values into the wrong place."""
-    parallel = vllm_config.parallel_config
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    policy = vllm_config.kv_transfer_config.kv_load_failure_policy
+    if policy != "fail":
+        raise ConfigError(
+            f"kv_load_failure_policy={policy!r} would go on from placeholders where a prompt cannot be read; leave it "
+            "out, or write 'fail'."
+        )
     for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name) != 1:
             raise ConfigError(f"{name}={getattr(parallel, name)}: prompts work with tensor and data parallelism only.")
+    if speculative is not None and (speculative.uses_draft_kv_cache() or speculative.use_dspark()):
+        raise UnsupportedError(
+            f"the draft model of the speculative method {speculative.method!r} has layers of its own, for which a "
+            "prompt has no keys and values; take the method 'ngram', or none."
+        )
+    layers = sum(len(group.layer_names) for group in kv_cache_config.kv_cache_groups)
+    if layers > vllm_config.model_config.get_total_num_hidden_layers():
+        raise UnsupportedError(
+            f"{layers} layers keep keys and values, of which the model has "
+            f"{vllm_config.model_config.get_total_num_hidden_layers()}: a prompt has none for the others; serve this "
+            "model with --engine transformers."
+        )
     for group in kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
-        layers = spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
-        strange = [each for each in layers if type(each) not in (FullAttentionSpec, SlidingWindowSpec)]
+        specs = spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
+        strange = [each for each in specs if type(each) not in (FullAttentionSpec, SlidingWindowSpec)]
         if strange:
             raise UnsupportedError(
                 f"the layers {', '.join(group.layer_names[:3])} keep a {type(strange[0]).__name__}, which prompts of "
@@ -274,6 +309,19 @@ def _check(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
             )
 
 
+def _check_layer(name: str, layer: Any) -> None:
+    if not isinstance(layer, Attention):
+        raise UnsupportedError(
+            f"the layer {name} is a {type(layer).__name__}, which prompts of keys and values cannot enter; serve this "
+            "model with --engine transformers."
+        )
+    if layer.attn_backend.forward_includes_kv_cache_update:  # then it need not have `do_kv_cache_update`
+        raise UnsupportedError(
+            f"the attention backend {layer.attn_backend.get_name()} writes keys and values only as it computes, and "
+            "cannot be given a prompt's; choose another with --attention-backend."
+        )
+
+
 def _check_shape(digest: str, layer: Any, key: torch.Tensor, length: int) -> None:
-    if not isinstance(layer, Attention) or tuple(key.shape) != (length, layer.num_kv_heads, layer.head_size):
+    if tuple(key.shape) != (length, layer.num_kv_heads, layer.head_size):
         raise CheckpointError(f"the keys of prompt {digest} have shape {tuple(key.shape)}, not what this model needs.")

@@ -76,14 +76,19 @@ def token_ids(prompt: Mapping[str, Any]) -> list[int]:
     return list(ids)
 
 
-def within(params: SamplingParams, room: int, version: Version, length: int) -> SamplingParams:
-    """A copy that asks for at most `room` tokens."""
+def check_room(room: int, version: Version, length: int) -> None:
+    """VLLMValidationError where a text of `length` tokens leaves none for the answer."""
     if room < 1:
         raise VLLMValidationError(
             f"the text has {length} tokens, which with the {version.length} virtual ones of {version.name!r} leaves no "
             "room for an answer; shorten it.",
             parameter="prompt",
         )
+
+
+def within(params: SamplingParams, room: int, version: Version, length: int) -> SamplingParams:
+    """A copy that asks for at most `room` tokens. VLLMValidationError where there is none, or not enough."""
+    check_room(room, version, length)
     params = params.clone()
     if params.prompt_logprob_token_ids is not None:
         raise VLLMValidationError("prompt_logprob_token_ids is not there for requests with a prompt.")

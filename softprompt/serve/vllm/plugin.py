@@ -15,6 +15,7 @@ from typing import Any, final
 
 from fastapi import FastAPI
 from starlette.datastructures import State
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 
 from softprompt.serve.access import Access, Keys, may_see
 from softprompt.serve.admin import admin_router
@@ -25,6 +26,7 @@ from softprompt.serve.page import page_router
 from softprompt.serve.version import Version
 from softprompt.serve.vllm.client import PromptClient, PromptModel
 from softprompt.serve.vllm.reported import Counter, Reported
+from softprompt.serve.vllm.same_model import check_same_model
 from softprompt.serve.vllm.settings import Settings
 from softprompt.serve.watch import watching
 
@@ -54,16 +56,23 @@ class Plugin:
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         settings, config = Settings.of(args.kv_transfer_config), engine_client.model_config
+        check_same_model(config)
         models = state.openai_serving_models
         base = FolderBase(config.model, models.base_model_paths[0].name, str(config.dtype).removeprefix("torch."))
-        sole = settings.sole and args.api_server_count in (None, 1)
-        library = PromptLibrary(settings.prompts, base, settings.objects, folded=True, sole=sole)
+        alone = args.api_server_count in (None, 1) and args.data_parallel_size == 1
+        if settings.admin_key is not None and not alone:
+            LOGGER.warning(
+                "nobody can load or unload prompts by hand, which would reach one of several API servers; change the "
+                "folder, at which each looks every %g seconds, or give --api-server-count 1",
+                settings.watch_seconds,
+            )
+        library = PromptLibrary(settings.prompts, base, settings.objects, folded=True, sole=settings.sole and alone)
         atexit.register(library.close)
         library.subscribe(Names(models, library, asyncio.get_running_loop()).told)
         await asyncio.to_thread(library.scan)
         _put_before(engine_client, PromptClient(engine_client, Counter()), state)
         assert self._app is not None
-        self._app.include_router(admin_router(library, settings.admin_key, may_see))
+        self._app.include_router(admin_router(library, settings.admin_key if alone else None, may_see))
         self._app.include_router(page_router())
         watched = ExitStack()
         watched.enter_context(watching(library, settings.watch_seconds))
@@ -72,12 +81,15 @@ class Plugin:
 
 def _put_before(engine: Any, client: PromptClient, state: State) -> None:
     """Every handler that generates gets the client; what else vLLM does with its engine stays as it is."""
+    other = client.not_filling()
     for handler in vars(state)["_state"].values():
         if getattr(handler, "engine_client", None) is engine:
-            handler.engine_client = client
+            handler.engine_client = client if handler is state.openai_serving_completion else other
+            if isinstance(handler, BeamSearchOnlineMixin):
+                handler.beam_search = handler.engine_client.beams(handler.beam_search)
     decisions = state.serving_structured_decisions
     if decisions is not None:
-        decisions.strategy.context.engine_client = client
+        decisions.strategy.context.engine_client = other
 
 
 @final

@@ -35,25 +35,29 @@ class _Prompt:
 
 @final
 class Slots:
-    """Lays requests out for the engine whose `ModelConfig` is given; `tokenizer` is the base model's."""
+    """Lays requests out for the engine whose `VllmConfig` is given; `tokenizer` is the base model's."""
 
-    def __init__(self, model_config: Any, tokenizer: Any) -> None:
-        self._config, self._tokenizer = model_config, tokenizer
+    def __init__(self, vllm_config: Any, tokenizer: Any) -> None:
+        self._config, self._tokenizer = vllm_config.model_config, tokenizer
+        self._zeroed = vllm_config.use_v2_model_runner  # it takes the ids in the slots for words, as zeros
         self._prompts: OrderedDict[str, _Prompt] = OrderedDict()
 
-    def enter(self, prompt: Mapping[str, Any], params: SamplingParams, version: Version, max_length: int) -> Entered:
-        """As `softprompt.serve.vllm.entered.enter`, for a prompt with slots."""
+    def enter(
+        self, prompt: Mapping[str, Any], params: SamplingParams, version: Version, max_length: int, fills: bool = True
+    ) -> Entered:
+        """As `softprompt.serve.vllm.entered.enter`, for a prompt with slots; `fills`: texts may fill templates."""
         check_free(prompt, params)
         if not self._config.enable_prompt_embeds:
             raise VLLMValidationError(
                 f"the prompt {version.name!r} stands inside the text, which needs --enable-prompt-embeds when the "
                 "server is started."
             )
-        if params.prompt_logprobs is not None:
-            raise VLLMValidationError(f"there are no log-probabilities of a text with {version.name!r} inside.")
         try:
             found = self._prompt(version)
-            ids, slots = self._row(found, prompt)
+            if found.template is not None and not fills:
+                raise VLLMValidationError(_fill(version), parameter="model")
+            self._check(params, version)
+            ids, slots = self._row(found, prompt, version)
         except SoftPromptError as error:
             raise VLLMValidationError(str(error)) from error
         real = [token for token, slot in zip(ids, slots, strict=True) if slot < 0]
@@ -71,6 +75,16 @@ class Slots:
         )
         return Entered(dict(row), params, real, virtual)
 
+    def _check(self, params: SamplingParams, version: Version) -> None:
+        if params.prompt_logprobs is not None:
+            raise VLLMValidationError(f"there are no log-probabilities of a text with {version.name!r} inside.")
+        if self._zeroed and params.repetition_penalty != 1.0:
+            raise VLLMValidationError(
+                f"repetition_penalty={params.repetition_penalty} would count the virtual tokens of {version.name!r} as "
+                "the word with id 0; send 1, or start the server with VLLM_USE_V2_MODEL_RUNNER=0.",
+                parameter="repetition_penalty",
+            )
+
     def _prompt(self, version: Version) -> _Prompt:
         if version.digest not in self._prompts:
             self._prompts[version.digest] = _read(version, self._config.dtype)
@@ -79,16 +93,30 @@ class Slots:
         self._prompts.move_to_end(version.digest)
         return self._prompts[version.digest]
 
-    def _row(self, found: _Prompt, prompt: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    def _row(self, found: _Prompt, prompt: Mapping[str, Any], version: Version) -> tuple[list[int], list[int]]:
         """Token ids, and for each the virtual token that stands in its place, or −1."""
         if found.template is None:
             ids, virtual = token_ids(prompt), list(range(len(found.vectors)))
             plain = [-1] * (len(ids) - 1)
             return [ids[0], *[0] * len(virtual), *ids[1:]], [-1, *virtual, *plain]
-        if not isinstance(prompt.get("prompt"), str):
-            raise VLLMValidationError("this prompt has a template to fill, which takes a text and not token ids.")
-        row = in_template(found.template, prompt["prompt"], self._tokenizer)
+        ids, text = list(prompt.get("prompt_token_ids") or []), prompt.get("prompt")  # an empty text may fill it too
+        if not isinstance(text, str):
+            raise VLLMValidationError(_fill(version), parameter="prompt")
+        if not any(ids == self._tokenizer.encode(text, add_special_tokens=special) for special in (True, False)):
+            raise VLLMValidationError(
+                f"{_fill(version)} The token ids of this request are not those of its text, as after "
+                "truncate_prompt_tokens: shorten the text itself.",
+                parameter="prompt",
+            )
+        row = in_template(found.template, text, self._tokenizer)
         return list(row.ids), list(row.slots) or [-1] * len(row.ids)
+
+
+def _fill(version: Version) -> str:
+    return (
+        f"the prompt {version.name!r} has a template, which the whole text of a request fills: send it to "
+        "/v1/completions as `prompt`, in words and not as token ids."
+    )
 
 
 def _read(version: Version, dtype: torch.dtype) -> _Prompt:
