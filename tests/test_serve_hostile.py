@@ -216,9 +216,8 @@ def test_malformed_requests(api: Api) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_malformed_requests(api: Api) -> None:
-    assert {200, 400, 404, 405} <= ask_by_chance(api, 8_000)
-    ask_by_document(api, 1_000, GenerationMode.NEGATIVE)
-    ask_by_document(api, 1_000, GenerationMode.POSITIVE)
+    assert {200, 400, 404, 405} <= ask_by_chance(api, 9_500)
+    ask_by_document(api, 500, GenerationMode.NEGATIVE)
 
 
 # ---- requests made from the OpenAPI document ---------------------------------------------------------------------

@@ -35,7 +35,7 @@ def ran(page: str) -> tuple[dict[str, Any], str]:
 
 
 def test_the_table_is_what_the_python_prints(page: str, ran: tuple[dict[str, Any], str]) -> None:
-    (table,) = re.findall(r"<!-- sizes -->\n(.*?)<!-- /sizes -->", page, re.DOTALL)
+    (table,) = re.findall(r"<!-- the sizes -->\n(.*?)<!-- /the sizes -->", page, re.DOTALL)
     rows = "".join(table.splitlines(keepends=True)[2:])  # behind the head and the line below it
     assert rows == ran[1] and len(rows.splitlines()) == 9
 

@@ -6,10 +6,10 @@ them off its answers, and lets nothing through that would reach a prompt past th
 """
 
 from collections.abc import AsyncGenerator, Callable, Mapping
+from copy import copy
 from typing import Any, final
 from uuid import uuid4
 
-from msgspec.structs import replace
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
@@ -87,7 +87,8 @@ class PromptClient:
         ) -> AsyncGenerator[RequestOutput, None]:
             if isinstance(lora_request, PromptModel):
                 params = self._searched(prompt, params, lora_request.version)
-                lora_request = replace(lora_request, search=lora_request)
+                step = copy(lora_request)
+                step.search, lora_request = lora_request, step
             return search(prompt=prompt, params=params, lora_request=lora_request, **more)
 
         return searching
@@ -105,7 +106,9 @@ class PromptClient:
         room = self._engine.model_config.max_model_len - version.length - length
         check_room(room, version, length)
         self._counted(version.name, version.length)
-        return replace(params, max_tokens=min(params.max_tokens, room))
+        params = copy(params)
+        params.max_tokens = min(params.max_tokens, room)
+        return params
 
     async def _answers(
         self, entered: Entered, request_id: str, model: PromptModel, more: dict[str, Any]
