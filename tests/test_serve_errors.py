@@ -13,6 +13,8 @@ import pytest
 from api_kit import BASE, LENGTHS, TEXT, Api, Prompts, complete, serving, write_prompts
 from openai import OpenAI
 
+from softprompt.serve.completions import logprobs
+from softprompt.serve.engine import TokenLogprob
 from softprompt.serve.errors import RequestError
 from softprompt.serve.logs import JsonFormatter
 from softprompt.serve.text import TextCoder
@@ -231,3 +233,10 @@ def test_without_a_chat_template_conversations_are_refused(prompts: Prompts) -> 
         asyncio.run(coder.conversation([{"role": "user", "content": "a"}], "messages"))
     assert error.value.status == 400
     coder.close()
+
+
+def test_tokens_that_look_alike_do_not_hide_the_likeliest() -> None:
+    """As parts of characters do; and the chosen one is always there."""
+    token = TokenLogprob(7, "x", -9.0, ((1, "\ufffd", -0.1), (2, "\ufffd", -8.0), (3, "b", -8.5)))
+    (found,) = logprobs([token], 0)["top_logprobs"]
+    assert found == {"\ufffd": -0.1, "b": -8.5, "x": -9.0}
