@@ -19,20 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from softprompt import transformers_api as api
 from softprompt.errors import UnsupportedError
-
-_SHARDED = "_is_fsdp_managed_module"  # torch's own mark on a module whose parameters are spread over processes
-_HOOK = "_hf_hook"  # where accelerate keeps what it does before and after a module's forward
+from softprompt.transformers_api import loader_of
 
 
 def sharded(base: nn.Module) -> bool:
     """Whether other processes hold parts of this model."""
-    return base.__dict__.get(_SHARDED, False)
+    return api.is_sharded(base)
 
 
 def dispatched(base: nn.Module) -> bool:
     """Whether accelerate places this model's layers."""
-    return _HOOK in base.__dict__ or "hf_device_map" in base.__dict__
+    return api.is_dispatched(base)
 
 
 def offloaded(base: nn.Module) -> bool:
@@ -124,7 +123,7 @@ def copied(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module)
     from accelerate.hooks import remove_hook_from_module
 
-    kept: dict[int, Any] = {id(part.__dict__[_HOOK]): part.__dict__[_HOOK] for part in hooks}  # these are not copied
+    kept: dict[int, Any] = {id(api.hook_of(part)): api.hook_of(part) for part in hooks}  # these are not copied
     other = remove_hook_from_module(copy.deepcopy(module, kept), recurse=True)
     for part, new in zip(module.modules(), other.modules(), strict=True):
         for name, parameter in part.named_parameters(recurse=False):
@@ -137,20 +136,7 @@ def copied(module: nn.Module) -> nn.Module:
 
 def own_class(base: nn.Module) -> type:
     """The class of a model: FSDP2 puts one of its own before it."""
-    kinds = type(base).__mro__
-    return kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]
-
-
-def loader_of(module: nn.Module) -> Any:
-    """What of accelerate's hooks brings a module's weights along, if anything does."""
-    hook = module.__dict__.get(_HOOK)
-    if hook is None:
-        return None
-    from accelerate.hooks import AlignDevicesHook, SequentialHook
-
-    parts = hook.hooks if isinstance(hook, SequentialHook) else [hook]
-    loads = [part for part in parts if isinstance(part, AlignDevicesHook) and part.offload]
-    return loads[0] if loads else None
+    return api.unsharded_class(base)
 
 
 # ---- weights on disk -----------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from softprompt.config import PromptConfig
 from softprompt.errors import ConfigError
-from softprompt.geometry import Geometry
+from softprompt.facts import Facts
 from softprompt.prompt import METHODS, SoftPrompt
 
 
@@ -15,15 +15,15 @@ def method_of(config: PromptConfig) -> type[SoftPrompt]:
     raise ConfigError(f"{type(config).__name__} belongs to no method here; use one of {known}.")
 
 
-def fitted(config: PromptConfig, geometry: Geometry) -> PromptConfig:
+def fitted(config: PromptConfig, facts: Facts) -> PromptConfig:
     """The config with everything that the base model decides filled in; ConfigError where they do not go together."""
     method = method_of(config)
-    context = geometry.context
+    context = facts.context
     if context is not None and config.num_virtual_tokens >= context:
         raise ConfigError(
             f"num_virtual_tokens={config.num_virtual_tokens} leaves no room in this model's context of {context} "
             "tokens; use fewer virtual tokens."
         )
-    if config.num_transformer_submodules == 2 and not geometry.encoder_decoder:
+    if config.num_transformer_submodules == 2 and not facts.encoder_decoder:
         raise ConfigError("num_transformer_submodules=2 is for encoder-decoders, which this model is not; use 1.")
-    return method.fill(config, geometry)
+    return method.fill(config, facts)

@@ -5,8 +5,10 @@ its own back. Nothing is wrapped, so the base model's module names never change.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock, RLock
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,11 @@ _HEADS_OF_TASK = {
     TaskType.TOKEN_CLS: ["classifier", "score"],
     TaskType.QUESTION_ANS: ["qa_outputs"],
 }
+
+
+_LOCKS_LOCK = Lock()
+_LOCKS: "WeakKeyDictionary[nn.Module, Any]" = WeakKeyDictionary()
+"""One for each base model whose prompts have heads."""
 
 
 class HeadOfRows(nn.Module):
@@ -78,10 +85,11 @@ class Heads(nn.Module):
 
     def use(self, adapter: str | None) -> None:
         """Put this adapter's copies into the base model; None puts the base model's own modules back."""
-        chosen = self._of(adapter) if adapter is not None else {}
         originals: dict[str, nn.Module] = self.__dict__["originals"]
-        for path, original in originals.items():
-            self._put(path, chosen.get(path, original))
+        with self._alone():
+            chosen = self._of(adapter) if adapter is not None else {}
+            for path, original in originals.items():
+                self._put(path, chosen.get(path, original))
 
     def has_own(self, adapter: str) -> bool:
         """Whether an adapter brings heads along."""
@@ -93,23 +101,38 @@ class Heads(nn.Module):
         return bool(self.__dict__["originals"])
 
     @contextmanager
-    def for_rows(self, adapters: Sequence[str] | None) -> Iterator[None]:
-        """Inside the block each row goes through the heads of its own adapter; one without any, the base model's."""
+    def for_rows(
+        self, adapters: Sequence[str] | None, active: Callable[[], str] | None = None
+    ) -> Iterator[Sequence[str]]:
+        """Inside the block each row goes through the heads of its own adapter; one without any, the base model's.
+
+        Without names all rows have the `active` adapter's. The block has the names. While adapters have heads, which
+        stand in the model itself, threads wait for each other here.
+        """
         base: PreTrainedModel = self.__dict__["base"]
         originals: dict[str, nn.Module] = self.__dict__["originals"]
-        if adapters is None or not originals:
-            yield
-            return
-        before = {path: base.get_submodule(path) for path in originals}
-        own = {name: self._of(name) if name in self.copies else {} for name in set(adapters)}
-        try:
-            for path, original in originals.items():
-                heads = [own[name].get(path, original) for name in adapters]
-                self._put(path, HeadOfRows(heads) if len(set(heads)) > 1 else heads[0])
-            yield
-        finally:
-            for path, module in before.items():
-                self._put(path, module)
+        with self._alone():
+            names = [active()] if adapters is None and active is not None else list(adapters or ())
+            if not originals:
+                yield names
+                return
+            before = {path: base.get_submodule(path) for path in originals}
+            own = {name: self._of(name) if name in self.copies else {} for name in set(names)}
+            try:
+                for path, original in originals.items():
+                    heads = [own[name].get(path, original) for name in names]
+                    self._put(path, HeadOfRows(heads) if len(set(heads)) > 1 else heads[0])
+                yield names
+            finally:
+                for path, module in before.items():
+                    self._put(path, module)
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Inside the block no other thread uses or changes the heads in the model; nothing where there are none."""
+        if not self.__dict__["originals"] or torch.compiler.is_compiling():
+            return nullcontext()
+        with _LOCKS_LOCK:
+            return _LOCKS.setdefault(self.__dict__["base"], RLock())
 
     def _put(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")

@@ -11,8 +11,8 @@ from torch import Tensor
 from softprompt.config import KVConfig
 from softprompt.elsewhere import embed_words, place_of
 from softprompt.errors import ConfigError
+from softprompt.facts import record
 from softprompt.model import SoftPromptModel
-from softprompt.probe import record
 from softprompt.prompt import KV, EmbeddingPrompt, KVPrompt, evaluating
 
 
@@ -160,18 +160,18 @@ def _kv_of_ids(model: SoftPromptModel, ids: list[int], config: KVConfig, count: 
     _check_enough(ids, count)
     device = place_of(model.base_model)
     inputs: dict[str, Tensor] = {"input_ids": torch.tensor([ids[:count]], device=device)}
-    if model.geometry.encoder_decoder:  # both stacks read the text
+    if model.facts.encoder_decoder:  # both stacks read the text
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    elif model.door.takes_positions:
-        inputs["position_ids"] = torch.arange(count, device=device)[None] + model.door.position_offset
+    elif model.way.takes_positions:
+        inputs["position_ids"] = torch.arange(count, device=device)[None] + model.way.position_offset
     with evaluating(model.base_model):
-        recording, _ = record(model.door, inputs)
-    if not model.geometry.encoder_decoder:
+        recording, _ = record(model.way, inputs)
+    if not model.facts.encoder_decoder:
         return KV(tuple(recording.layers)).detach()
     pairs = dict(zip(recording.modules, recording.layers, strict=True))
     wanted = (config.decoder_prefix, config.cross_prefix, config.encoder_prefix)
     own, cross, encoder = (
         tuple(pairs[module] for module in modules) if want else ()
-        for modules, want in zip(model.door.modules, wanted, strict=True)
+        for modules, want in zip(model.way.modules, wanted, strict=True)
     )
     return KV(own, cross, encoder).detach()

@@ -139,7 +139,7 @@ def _draw_heads(model: PreTrainedModel, random: torch.Tensor) -> None:
         loader_of(part).original_devices.clear()  # nothing is to be put back there
         remove_hook_from_module(part)
         part.to_empty(device=place, recurse=False)
-        model._init_weights(part)
+        api.initialize(model, part)
 
 
 def _lost(part: torch.nn.Module) -> bool:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softprompt import transformers_api as api
 from softprompt.batch.find import placement_of
 from softprompt.checkpoint.training_state import packed_configs
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
 from softprompt.elsewhere import own_class, place_of
-from softprompt.geometry import Geometry
+from softprompt.facts import Facts
 
 
 class InLoops(nn.Module):
@@ -21,7 +22,7 @@ class InLoops(nn.Module):
     """
 
     base_model: PreTrainedModel
-    geometry: Geometry
+    facts: Facts
     peft_config: dict[str, PromptConfig]
     active_adapter: str
 
@@ -37,8 +38,8 @@ class InLoops(nn.Module):
         """The base model's; None where a virtual token predicts a row's first, so that Trainer counts its label too."""
         config = self.peft_config[self.active_adapter]
         front = placement_of(config) is Placement.FRONT
-        first = front and isinstance(config, EmbeddingConfig) and self.geometry.causal
-        return None if first else getattr(self.base_model, "loss_type", None)
+        first = front and isinstance(config, EmbeddingConfig) and self.facts.causal
+        return None if first else api.loss_kind(self.base_model)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -46,7 +47,7 @@ class InLoops(nn.Module):
 
         Trainer would guess it from `forward`; wrongly, it does not divide what it accumulates at all.
         """
-        return self.geometry.divides_loss
+        return self.facts.divides_loss
 
     @property
     def device(self) -> torch.device:
@@ -85,11 +86,10 @@ class InLoops(nn.Module):
 
 
 def _asks_per_token(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A pre-hook that answers TRL, which puts a `forward` of its own into a model and asks it for `fused_lm_head`.
+    """A pre-hook that answers TRL, which puts a `forward` of its own into a model and asks it for scores per token.
 
     That runs what it takes for the model's body, which would be the base model without its prompt. Asked in words of
     our own, it hands the call on to the model's own `forward`.
     """
-    if not kwargs.pop("fused_lm_head", False):
-        return None
-    return args, {**kwargs, "per_token": True}
+    asked = api.pop_fused_scores(kwargs)
+    return (args, {**kwargs, "per_token": True}) if asked else None

@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.hub import PushToHubMixin
 
 from softprompt import checkpoint
+from softprompt.base_model import BaseModel
 from softprompt.batch import run_for
-from softprompt.batch.find import placement_of
+from softprompt.batch.find import BASE, placement_of
+from softprompt.call import Call, check_count
 from softprompt.config import PromptConfig
-from softprompt.elsewhere import at_hand
+from softprompt.elsewhere import at_hand, word_table
+from softprompt.disabling import disabled, disabling
 from softprompt.errors import ConfigError
+from softprompt.facts import Facts
 from softprompt.fitting import fitted, method_of
 from softprompt.fold_cache import FoldCache
 from softprompt.heads import Heads, with_default_heads
-from softprompt.inputs import check_count, labels_tokens
+from softprompt.injection.contract import Way
 from softprompt.loops import InLoops
-from softprompt.probe import find_door, word_table
 from softprompt.prompt import KV, EmbeddingPrompt, SoftPrompt, evaluating
 from softprompt.running import Run
 from softprompt.running.drafting import drafting
@@ -31,16 +33,31 @@ from softprompt.stacking import freeze, unwrapped
 from softprompt.state import leave_base_out
 from softprompt.status import ModelStatus, model_status
 from softprompt.store import PromptStore
+from softprompt.transformers_api import PushToHubMixin
 
 
 def get_peft_model(
-    model: PreTrainedModel | nn.Module, peft_config: PromptConfig, adapter_name: str = "default"
+    model: PreTrainedModel | nn.Module, peft_config: PromptConfig, adapter_name: str = "default", *, verify: bool = True
 ) -> "SoftPromptModel":
     """Freeze `model` and put a prompt before it. The base model object is kept, not copied.
 
     PEFT's LoRA and its other layers may be in the model already (also as PEFT's own wrapper); they train on as before.
+    With `verify` the library compares itself with the model alone when it meets a class and config for the first time
+    (a few calls of a dozen tokens), and raises UnsupportedError for what differs.
     """
-    return SoftPromptModel(model, peft_config, adapter_name)
+    return SoftPromptModel(model, peft_config, adapter_name, verify=verify)
+
+
+OF_THE_BASE = frozenset({
+    "add_model_tags", "can_generate", "config", "dtype", "enable_input_require_grads", "disable_input_require_grads",
+    "floating_point_ops", "estimate_tokens", "generation_config", "get_decoder", "get_encoder", "get_input_embeddings",
+    "get_memory_footprint", "get_output_embeddings", "gradient_checkpointing_disable", "gradient_checkpointing_enable",
+    "hf_device_map", "hf_quantizer", "is_gradient_checkpointing", "is_loaded_in_4bit", "is_loaded_in_8bit",
+    "is_quantized", "loss_function", "main_input_name", "model_tags", "name_or_path", "num_parameters",
+    "quantization_method", "resize_token_embeddings", "set_attn_implementation", "supports_gradient_checkpointing",
+    "tie_weights", "vocab_size", "warnings_issued", "is_parallelizable", "model_parallel", "framework",
+})  # fmt: skip
+"""What a prompted model answers for its base model. Of anything else it has, the base model knows nothing of a prompt."""
 
 
 class SoftPromptModel(PushToHubMixin, InLoops):
@@ -52,21 +69,25 @@ class SoftPromptModel(PushToHubMixin, InLoops):
     """
 
     def __init__(
-        self, model: PreTrainedModel | nn.Module, peft_config: PromptConfig, adapter_name: str = "default"
+        self,
+        model: PreTrainedModel | nn.Module,
+        peft_config: PromptConfig,
+        adapter_name: str = "default",
+        *,
+        verify: bool = True,
+        found: BaseModel | None = None,
     ) -> None:
+        """`found`: what is known of `model` already, so that it is not tried again."""
         super().__init__()
         model = unwrapped(model)
-        door, geometry = find_door(model)
         self.base_model = model
-        self.__dict__["door"] = door  # not a submodule, and it refers to the base model
-        self.geometry = geometry
+        self.found = BaseModel.of(model, verify) if found is None else found
         self.peft_config: dict[str, PromptConfig] = {}
         self.prompt_encoder = nn.ModuleDict()
         self.folds = FoldCache()
         self.store: PromptStore | None = None
         self.heads = Heads(model)
         self.active_adapter = adapter_name
-        self._enabled = True
         self.add_adapter(adapter_name, peft_config)
         freeze(model)  # last: a config that does not fit leaves the model as it was
         self.set_adapter(adapter_name)
@@ -83,7 +104,8 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         self._install(adapter_name, config, self._build(config))
 
     def _fill(self, config: PromptConfig) -> PromptConfig:
-        filled = fitted(config, self.geometry)
+        self.found.trust(config)
+        filled = fitted(config, self.facts)
         name = config.base_model_name_or_path or self.base_model.name_or_path or None
         return replace(filled, base_model_name_or_path=name, modules_to_save=with_default_heads(config))
 
@@ -101,13 +123,13 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         self.peft_config[name] = config
 
     def _attention(self) -> set[nn.Module]:
-        return {module for part in self.door.modules for module in part}
+        return {module for part in self.way.modules for module in part}
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Use this prompt from now on. Only its parameters train; with `inference_mode` none does."""
         self._check_known(adapter_name)
         self.active_adapter = adapter_name
-        self.heads.use(adapter_name if self._enabled else None)
+        self.heads.use(adapter_name if self.enabled else None)
         self._set_trainable(None if inference_mode else adapter_name)
 
     def _set_trainable(self, active: str | None) -> None:
@@ -129,15 +151,13 @@ class SoftPromptModel(PushToHubMixin, InLoops):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside the block the model is the plain base model, its own head included."""
-        before = self._enabled
-        self._enabled = False
-        self.heads.use(None)
+        """Inside the block the model is the plain base model, its own head included, for the thread that entered it."""
         try:
-            yield
+            with disabling(self):
+                self.heads.use(None)
+                yield
         finally:
-            self._enabled = before
-            self.heads.use(self.active_adapter if before else None)
+            self.heads.use(self.active_adapter if self.enabled else None)
 
     def _check_known(self, name: str) -> None:
         if name not in self.peft_config:
@@ -193,7 +213,7 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         own = word_table(self.base_model)
         with evaluating(encoder), evaluating(self.base_model):
             prompt = encoder.prompt(None if task is None else torch.tensor([task]))
-            run = Run(self.door, self.geometry, prompt, placement_of(encoder.config))
+            run = Run(self.way, self.facts, prompt, placement_of(encoder.config))
             return run.as_kv().map(lambda part: part.to(own))
 
     # ---- running -------------------------------------------------------------------------------------------------
@@ -206,6 +226,7 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         return_dict: bool | None = None,
         adapter_names: Sequence[str] | None = None,
@@ -219,7 +240,7 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         input_type_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the base model's `forward`; `position_ids` and `past_key_values` count real tokens only.
+        """As the base model's `forward`; `position_ids` and `cache` (`past_key_values` before 5.24) count real tokens.
 
         `adapter_names` has the adapter of each row, of any methods and lengths, `"__base__"` for none; names of
         adapters here, or of the attached store's. RowsError where some cannot be used, before anything runs.
@@ -232,21 +253,32 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
                  "labels": labels, "position_ids": position_ids, "token_type_ids": token_type_ids,
-                 "past_key_values": past_key_values, "start_positions": start_positions,
+                 "cache": cache, "past_key_values": past_key_values, "start_positions": start_positions,
                  "end_positions": end_positions, "decoder_input_ids": decoder_input_ids, "pixel_values": pixel_values,
                  "input_type_mask": input_type_mask}  # fmt: skip
         inputs = {name: value for name, value in given.items() if value is not None} | kwargs
         as_tuple = not (self.base_model.config.return_dict if return_dict is None else return_dict)
-        inputs["return_dict"] = True
-        run, names = None, adapter_names if self._enabled else None
-        if self._enabled:
-            check_count(names, inputs)
-            run = run_for(self, names, task_ids, slots, labels_tokens(inputs))
-        with at_hand(self.base_model), self.heads.for_rows(names):
+        call = Call.of(inputs).plus(return_dict=True)
+        with at_hand(self.base_model), self._calling(adapter_names) as names:
+            run = None
+            if names is not None:
+                check_count(adapter_names, inputs)
+                run = run_for(self, names, task_ids, slots, call.labels_tokens)
             if per_token:
-                return token_scores(self.base_model, run, inputs)
-            output = self.base_model(**inputs) if run is None else run.forward(inputs)
+                return token_scores(self.base_model, run, call)
+            output = self.base_model(**call.keywords(self.base_model)) if run is None else run.forward(call)
         return output.to_tuple() if as_tuple else output
+
+    @contextmanager
+    def _calling(self, adapter_names: Sequence[str] | None) -> Iterator[Sequence[str] | None]:
+        """Inside the block each row goes through its own head: the names of all rows' adapters, one for all of them, or
+        None for the base model alone."""
+        if disabled(self):
+            with self.heads.for_rows([BASE]):
+                yield None
+            return
+        with self.heads.for_rows(adapter_names, lambda: self.active_adapter) as names:
+            yield names
 
     @torch.no_grad()
     def generate(
@@ -262,7 +294,7 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         Caches hold real tokens only, unless the prompt stands inside the rows or the model keeps a state.
         """
         assistant = kwargs.get("assistant_model")
-        if isinstance(assistant, SoftPromptModel) and assistant._enabled:
+        if isinstance(assistant, SoftPromptModel) and assistant.enabled:
             with drafting(assistant) as stand_in:
                 kwargs["assistant_model"] = stand_in
                 return self._generate(args, kwargs, adapter_names, task_ids, slots)
@@ -271,22 +303,21 @@ class SoftPromptModel(PushToHubMixin, InLoops):
     def _generate(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: Any, task_ids: Any, slots: Any
     ) -> Any:
-        if not self._enabled:
-            with at_hand(self.base_model):
-                return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
-        check_count(adapter_names, {"inputs": args[0] if args else None, **kwargs})
-        with self._evaluating(adapter_names):
-            run = run_for(self, adapter_names, task_ids, slots, labelled=False)
-        with at_hand(self.base_model), self.heads.for_rows(adapter_names):
+        with at_hand(self.base_model), self._calling(adapter_names) as names:
+            run = None
+            if names is not None:
+                check_count(adapter_names, {"inputs": args[0] if args else None, **kwargs})
+                with self._evaluating(names):
+                    run = run_for(self, names, task_ids, slots, labelled=False)
             if run is None:
                 return self.base_model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
             return run.generate(*args, **kwargs)
 
     @contextmanager
-    def _evaluating(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+    def _evaluating(self, adapter_names: Sequence[str]) -> Iterator[None]:
         """Dropout off in the encoders of these adapters."""
         with ExitStack() as stack:
-            for name in {self.active_adapter} if adapter_names is None else set(adapter_names):
+            for name in set(adapter_names):
                 if name in self.peft_config:
                     stack.enter_context(evaluating(self.encoder(name)))
             yield
@@ -329,15 +360,20 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        verify: bool = True,
         **hub_options: Any,
     ) -> "SoftPromptModel":
-        """Put a saved prompt (ours or PEFT's) before `model`. Nothing is changed unless everything fits."""
+        """Put a saved prompt (ours or PEFT's) before `model`. Nothing is changed unless everything fits.
+
+        `verify` as for `get_peft_model`.
+        """
         checkpoint.check_adapter_name(adapter_name)
         model = unwrapped(model)
         saved = checkpoint.load_adapter(model_id, **checkpoint.for_hub(hub_options))
-        checkpoint.check_fits(saved, find_door(model)[1])
+        found = BaseModel.of(model, verify)
+        checkpoint.check_fits(saved, found.facts)
         Heads(model).check(saved.config, saved.tensors)
-        loaded = cls(model, saved.config, adapter_name)
+        loaded = cls(model, saved.config, adapter_name, found=found)
         loaded._load(adapter_name, saved, is_trainable)
         return loaded if is_trainable else loaded.eval()
 
@@ -346,7 +382,7 @@ class SoftPromptModel(PushToHubMixin, InLoops):
     ) -> None:
         """Load one more saved prompt under a name of its own; it does not become active."""
         saved = checkpoint.load_adapter(model_id, **checkpoint.for_hub(hub_options))
-        checkpoint.check_fits(saved, self.geometry)
+        checkpoint.check_fits(saved, self.facts)
         self.heads.check(saved.config, saved.tensors)
         self.add_adapter(adapter_name, saved.config)
         self._load(adapter_name, saved, is_trainable)
@@ -371,8 +407,18 @@ class SoftPromptModel(PushToHubMixin, InLoops):
 
     @property
     def enabled(self) -> bool:
-        """False inside `disable_adapter`."""
-        return self._enabled
+        """False inside `disable_adapter`, in the thread that entered it."""
+        return not disabled(self)
+
+    @property
+    def way(self) -> Way:
+        """How keys and values get into the base model."""
+        return self.found.way
+
+    @property
+    def facts(self) -> Facts:
+        """What was found out about the base model."""
+        return self.found.facts
 
     def get_model_status(self) -> ModelStatus:
         """Adapters, what trains, and how much there is."""
@@ -384,13 +430,18 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || {share}")  # noqa: T201 – as the name says
 
     def __getattr__(self, name: str) -> Any:
-        """Anything else is the base model's: `config`, `device`, `dtype`, `generation_config`, …"""
+        """What is the base model's own and has nothing to do with its prompt, by name (`OF_THE_BASE`)."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base_model", "door"):
+            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", ()):
                 raise
+        if name in OF_THE_BASE or not hasattr(self.base_model, name):
             return getattr(self.base_model, name)
+        raise AttributeError(
+            f"SoftPromptModel has no {name!r}, and the {type(self.base_model).__name__}'s knows nothing of its prompt: "
+            f"call forward or generate, or use get_base_model().{name} for the model without any."
+        )
 
 
 PeftModel = SoftPromptModel

@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from softprompt.config import KVConfig, PromptConfig, TaskType
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.geometry import Geometry
 from softprompt.pairs import dealt, twice
+
+if TYPE_CHECKING:
+    from softprompt.facts import Facts
 
 METHODS: "dict[str, type[SoftPrompt]]" = {}
 """Every method by its name; filled by subclassing, see `SoftPrompt`."""
@@ -212,7 +214,7 @@ class SoftPrompt(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
+    def fill(cls, config: PromptConfig, facts: "Facts") -> PromptConfig:
         """The config with everything that the base model decides filled in; ConfigError if it contradicts the model."""
 
     @abstractmethod
@@ -289,11 +291,11 @@ class EmbeddingPrompt(SoftPrompt):
     """Base of the methods whose prompt lives in input space; their configs are `EmbeddingConfig`s."""
 
     @classmethod
-    def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
-        if geometry.no_vectors:
-            raise UnsupportedError(f"{geometry.no_vectors}; use prefix_tuning.")
-        return _filled(config, token_dim=geometry.hidden_size, num_layers=len(geometry.layers) or None,
-                       num_attention_heads=geometry.query_heads or None)  # fmt: skip
+    def fill(cls, config: PromptConfig, facts: "Facts") -> PromptConfig:
+        if facts.no_vectors:
+            raise UnsupportedError(f"{facts.no_vectors}; use prefix_tuning.")
+        return _filled(config, token_dim=facts.hidden_size, num_layers=len(facts.layers) or None,
+                       num_attention_heads=facts.query_heads or None)  # fmt: skip
 
     def prompt(self, task_ids: Tensor | None = None) -> Embeddings:
         refuse_tasks(self, task_ids)
@@ -304,25 +306,25 @@ class KVPrompt(SoftPrompt):
     """Base of the methods whose prompt is keys and values; `width` is Σ h·(k+v), and configs are `KVConfig`s."""
 
     @classmethod
-    def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
+    def fill(cls, config: PromptConfig, facts: "Facts") -> PromptConfig:
         assert isinstance(config, KVConfig)
-        layers = geometry.prefix_layers(config)
+        layers = facts.prefix_layers(config)
         shapes = [[layer.heads, layer.key_size, layer.value_size] for layer in layers]
         heads, key_size, value_size = shapes[0]
         plain = all(shape == shapes[0] for shape in shapes) and key_size == value_size
-        if plain and layers is geometry.layers:
+        if plain and layers is facts.layers:
             shapes = None  # PEFT's form
         if config.layer_shapes not in (None, shapes):
             raise ConfigError(f"layer_shapes={config.layer_shapes} in the config, but this model needs {shapes}.")
         # As in PEFT, the model's width and query heads may be given where keys and values are fewer (grouped queries).
-        if config.token_dim == geometry.hidden_size:
+        if config.token_dim == facts.hidden_size:
             config = replace(config, token_dim=None)
-        if config.num_attention_heads == geometry.query_heads:
+        if config.num_attention_heads == facts.query_heads:
             config = replace(config, num_attention_heads=None)
-        count = len(geometry.layers)
+        count = len(facts.layers)
         if config.paired and config.num_layers == 2 * count:  # as a checkpoint counts them
             config = replace(config, num_layers=None)
-        config = replace(config, layer_shapes=shapes, num_transformer_submodules=2 if geometry.encoder_decoder else 1)
+        config = replace(config, layer_shapes=shapes, num_transformer_submodules=2 if facts.encoder_decoder else 1)
         return _filled(config, token_dim=heads * key_size, num_layers=count, num_attention_heads=heads)
 
     def prompt(self, task_ids: Tensor | None = None) -> KV:

@@ -3,12 +3,12 @@
 Whoever has such a model has imported peft; this library never does, and reads nothing of it but its classes.
 """
 
-import sys
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from softprompt import transformers_api as api
 from softprompt.errors import UnsupportedError
 
 
@@ -17,8 +17,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
     UnsupportedError for what is no transformers model, and for PEFT's own prompts, which are no layers of one.
     """
-    peft = sys.modules.get("peft")
-    if peft is not None and isinstance(model, peft.PeftModel):
+    if api.is_peft_model(model):
         wrapper: Any = model
         for name, config in wrapper.peft_config.items():
             if config.is_prompt_learning:
@@ -43,22 +42,17 @@ def freeze(model: nn.Module) -> None:
 
 def has_layers(model: nn.Module) -> bool:
     """Whether PEFT has put layers of its own into a model."""
-    layers = sys.modules.get("peft.tuners.tuners_utils")
-    return layers is not None and any(isinstance(module, layers.BaseTunerLayer) for module in model.modules())
+    return api.peft_layers(model.modules())
 
 
 def trained_by_peft(module: nn.Module) -> bool:
     """Whether this is a head that PEFT trains and saves beside its adapters."""
-    other = sys.modules.get("peft.utils.other")
-    return other is not None and isinstance(module, other.ModulesToSaveWrapper)
+    return api.saved_by_peft(module)
 
 
 def trained_in(model: nn.Module) -> set[str]:
     """The names of the parameters that PEFT's layers and heads in a model train."""
-    layers, other = (sys.modules.get(f"peft.{name}") for name in ("tuners.tuners_utils", "utils.other"))
-    if layers is None or other is None:
-        return set()
-    kinds = (layers.BaseTunerLayer, other.AuxiliaryTrainingWrapper)
+    kinds = api.trained_kinds()
     return {
         f"{path}.{name}"
         for path, module in model.named_modules()

@@ -43,7 +43,7 @@ def model_status(model: "SoftPromptModel") -> ModelStatus:
         peft_types={name: config.PEFT_TYPE for name, config in model.peft_config.items()},
         trainable_params=trainable,
         total_params=total,
-        num_adapter_layers=len(model.geometry.prefix_layers(config)) if isinstance(config, KVConfig) else 0,
+        num_adapter_layers=len(model.facts.prefix_layers(config)) if isinstance(config, KVConfig) else 0,
         enabled=model.enabled,
         active_adapters=model.active_adapters,
         merged_adapters=[],

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from softprompt.batch.join import Mixed
+from softprompt.join import Mixed
 from softprompt.config import Placement
 from softprompt.doors.cache import Door
 from softprompt.geometry import Geometry, LayerShape

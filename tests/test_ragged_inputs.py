@@ -11,7 +11,7 @@ import transformers as hf
 from ragged_kit import LENGTHS, ROWS, TOKENS, Model
 from torch import Tensor
 
-from softprompt.batch.join import Mixed
+from softprompt.join import Mixed
 from softprompt.config import Placement
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.probe import find_door

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from softprompt.transformers_api import cpu_flash
+
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_FORWARD, _BACKWARD = cpu_flash()
 
 
 def forward(

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from softprompt.transformers_api import cuda_efficient, cuda_flash
+
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCKS = 256  # about two for each processor of a large GPU
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
-_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
-_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
-_EFFICIENT_BACKWARD = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+_FLASH, _FLASH_BACKWARD = cuda_flash()
+_EFFICIENT, _EFFICIENT_BACKWARD = cuda_efficient()
 
 
 def forward(

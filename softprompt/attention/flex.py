@@ -1,7 +1,7 @@
 """Attention over a row's own keys and a shared prefix through torch's flex attention, merged by log-sum-exp.
 
 Flex attention has gradients of its log-sum-exp, so ordinary autograd merges the two. torch has none of it on the CPU,
-where the door over "flex_attention" takes the way of "sdpa".
+where the way over "flex_attention" takes the way of "sdpa".
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import Tensor
 from softprompt.attention.cuda import bounded
 from softprompt.attention.groups import Group
 from softprompt.attention.shared import Prefix, queries_per_head, repeated
+from softprompt.transformers_api import compiled_flex
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,6 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, block_mask: Any, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Output and float32 log-sum-exp of one part, through the same compiled function as transformers' own calls."""
-    from torch.nn.attention.flex_attention import AuxRequest
-    from transformers.integrations import flex_attention
-
     softcap = options.softcap
     added = None if bias is None else bounded(bias).expand(*query.shape[:3], key.shape[2])
 
@@ -65,7 +63,7 @@ def _attention(
         score = score if softcap is None else softcap * torch.tanh(score / softcap)
         return score if added is None else score + added[batch, head, row, column]
 
-    fused: Any = flex_attention.compile_friendly_flex_attention
+    fused, wanted = compiled_flex()
     output, more = fused(
         query,
         key,
@@ -76,7 +74,7 @@ def _attention(
         enable_gqa=query.shape[1] != key.shape[1],
         scale=options.scale,
         kernel_options=options.kernel,
-        return_aux=AuxRequest(lse=True),
+        return_aux=wanted,
     )
     return output, more.lse
 

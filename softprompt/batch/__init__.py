@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from softprompt.batch.find import BASE, Chosen, Finder, Unit, kept, placement_of
-from softprompt.batch.join import Mixed, join_embeddings, join_folded, join_kv
+from softprompt.join import Mixed, join_embeddings, join_folded, join_kv
 from softprompt.config import Placement, PromptConfig
-from softprompt.elsewhere import sharded
+from softprompt.elsewhere import sharded, word_table
 from softprompt.errors import ConfigError
 from softprompt.fold import Folded, fold_and_predict
-from softprompt.probe import word_table
 from softprompt.prompt import KV, Embeddings
-from softprompt.running import Run, can_fold
+from softprompt.running import Run
 
 if TYPE_CHECKING:
     from softprompt.model import SoftPromptModel
@@ -48,7 +47,7 @@ def run_for(
         raise ConfigError(f"prompts of placement {both} cannot share a batch; call the model for each kind of rows.")
     placement = placements.pop() if placements else Placement.FRONT
     check_slots(placement, slots)
-    return Run(model.door, model.geometry, _joined(model, chosen, rows, placement), placement, slots)
+    return Run(model.way, model.facts, _joined(model, chosen, rows, placement), placement, slots)
 
 
 def check_slots(placement: Placement, slots: Tensor | None) -> None:
@@ -64,7 +63,7 @@ def run_with(
     """How a call runs with a prompt that was made already, by the method of `config`."""
     placement = placement_of(config)
     check_slots(placement, slots)
-    return Run(model.door, model.geometry, prompt, placement, slots)
+    return Run(model.way, model.facts, prompt, placement, slots)
 
 
 def _run_of_one(
@@ -109,7 +108,7 @@ def _joined(model: "SoftPromptModel", chosen: list[Chosen], rows: list[int], pla
     own = word_table(model.base_model)
     index = torch.tensor(rows, device=own.device)
     prompts = [each.prompt for each in chosen]
-    if can_fold(model.geometry, placement):
+    if model.facts.can_fold(placement):
         return join_folded(_all_folded(model, prompts), index)
     states = [each.kv if isinstance(each, Folded) else each if isinstance(each, KV) else None for each in prompts]
     first = next((each for each in states if each is not None), None)
@@ -131,7 +130,7 @@ def _all_folded(model: "SoftPromptModel", prompts: Sequence[Embeddings | KV | Fo
     done: list[Folded] = []
     if todo:
         joined = join_embeddings(todo, torch.arange(len(todo), device=own.device))
-        done = _apart(fold_and_predict(model.door, joined), [each.length for each in todo])
+        done = _apart(fold_and_predict(model.way, joined), [each.length for each in todo])
     fresh, nothing = iter(done), _nothing(model)
     found: list[Folded] = []
     for each in prompts:
@@ -160,5 +159,5 @@ def _nothing(model: "SoftPromptModel") -> Folded:
     own = word_table(model.base_model)
     return Folded(
         KV(tuple((own.new_zeros(1, each.heads, 0, each.key_size), own.new_zeros(1, each.heads, 0, each.value_size))
-                 for each in model.geometry.layers))
+                 for each in model.facts.layers))
     )  # fmt: skip

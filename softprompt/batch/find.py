@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
+from softprompt.elsewhere import word_table
 from softprompt.errors import ConfigError, RowsError, SoftPromptError, UnsupportedError
 from softprompt.fold import Folded, fold_and_predict
 from softprompt.fold_cache import frozen
-from softprompt.probe import word_table
 from softprompt.prompt import KV, Embeddings
-from softprompt.running import can_fold
 from softprompt.store.loaded import LoadedPrompt
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Finder:
         self.failed: dict[str, SoftPromptError] = {}
         others = {name for name in names if name != BASE and name not in model.peft_config}
         if model.store is not None and others:
-            self.stored, self.failed = model.store.load(others, model.geometry)
+            self.stored, self.failed = model.store.load(others, model.facts)
 
     def tasks(self, name: str) -> int:
         """Of how many tasks an adapter has a prompt each."""
@@ -86,20 +85,20 @@ class Finder:
             )
         if isinstance(prompt, Embeddings) and self._has_own_words(config):
             with self.model.heads.for_rows([name]):  # not through the active adapter's head, nor together with others
-                prompt = fold_and_predict(self.model.door, prompt)
+                prompt = fold_and_predict(self.model.way, prompt)
         return Chosen(prompt, placement_of(config) if isinstance(config, EmbeddingConfig) else None)
 
     def _has_own_words(self, config: PromptConfig) -> bool:
         """Whether the last virtual token may predict words through another head than the batch's other prompts."""
         model = self.model
         words = model.heads.differ and model.base_model.get_output_embeddings() is not None
-        return words and can_fold(model.geometry, placement_of(config))
+        return words and model.facts.can_fold(placement_of(config))
 
     def _of_store(self, loaded: LoadedPrompt, task: int | None) -> Embeddings | KV | Folded:
         """A stored prompt, folded where it can be; the store keeps that beside it, within its limit."""
         model = self.model
         assert model.store is not None
-        if isinstance(loaded.config, EmbeddingConfig) and not can_fold(model.geometry, placement_of(loaded.config)):
+        if isinstance(loaded.config, EmbeddingConfig) and not model.facts.can_fold(placement_of(loaded.config)):
             prompt = loaded.prompt(task)
             assert isinstance(prompt, Embeddings)
             return replace(prompt, vectors=prompt.vectors.to(word_table(model.base_model).device))
@@ -126,7 +125,7 @@ def kept(model: "SoftPromptModel", unit: Unit, labelled: bool = False) -> Folded
     if model.heads.has_own(name) and model.base_model.get_output_embeddings() is not None:
         return None
     vectors = isinstance(encoder.config, EmbeddingConfig)
-    if vectors and not can_fold(model.geometry, placement_of(encoder.config)):
+    if vectors and not model.facts.can_fold(placement_of(encoder.config)):
         return None
     own = word_table(model.base_model)
     key = unit if vectors else (*unit, own.dtype, own.device)  # keys and values come from no base model
@@ -156,5 +155,5 @@ def _folded(model: "SoftPromptModel", name: str, prompt: Embeddings | KV) -> Fol
     if isinstance(prompt, KV):
         return Folded(prompt.map(lambda part: part.detach().to(own)))
     with model.heads.for_rows([name]):
-        folded = fold_and_predict(model.door, replace(prompt, vectors=prompt.vectors.to(own)))
+        folded = fold_and_predict(model.way, replace(prompt, vectors=prompt.vectors.to(own)))
     return replace(folded, context=prompt.context is not None)

@@ -30,7 +30,7 @@ from softprompt.checkpoint.promise import Promise, encoder_shapes, promise_of, r
 from softprompt.checkpoint.training_state import STATE_NAME, read_training_state
 from softprompt.config import KVConfig, PromptConfig
 from softprompt.errors import CheckpointError
-from softprompt.geometry import Geometry
+from softprompt.facts import Facts
 
 __all__ = [
     "CONFIG_NAME",
@@ -162,26 +162,26 @@ def write_config(folder: Path, config: PromptConfig) -> None:
     write_files(Path(folder), [(CONFIG_NAME, config_to_json(config).encode())])
 
 
-def check_fits(saved: SavedAdapter, geometry: Geometry) -> None:
+def check_fits(saved: SavedAdapter, facts: Facts) -> None:
     """Raise CheckpointError if the adapter was made for a base model of other sizes, naming each and both numbers."""
-    config, count = saved.config, len(geometry.layers) or None
+    config, count = saved.config, len(facts.layers) or None
     doubled = isinstance(config, KVConfig) and config.paired and count and config.num_layers == 2 * count
     sizes: list[tuple[str, Any, Any]] = [("layers", count if doubled else config.num_layers, count)]
     if isinstance(config, KVConfig):
-        _check_paired(saved, config, geometry)
-        layers = geometry.prefix_layers(config)
+        _check_paired(saved, config, facts)
+        layers = facts.prefix_layers(config)
         shapes = [[layer.heads, layer.key_size, layer.value_size] for layer in layers]
         there = config.prefix_shapes
         if all(shape == given[0] and shape[1] == shape[2] for given in (there, shapes) for shape in given):
             sizes += [("key-value heads", there[0][0], shapes[0][0]), ("head size", there[0][1], shapes[0][1])]
         elif there != shapes:
             sizes.append(("key-value shapes", there, shapes))
-        if config.num_layers == len(geometry.layers):
+        if config.num_layers == len(facts.layers):
             sizes.append(("attention layers with a prefix", len(there), len(shapes)))
     else:
         sizes += [
-            ("width", config.token_dim, geometry.hidden_size),
-            ("attention heads", config.num_attention_heads, geometry.query_heads or None),
+            ("width", config.token_dim, facts.hidden_size),
+            ("attention heads", config.num_attention_heads, facts.query_heads or None),
         ]
     wrong = [
         f"{name} {there} in the adapter, {here} here"
@@ -196,8 +196,8 @@ def check_fits(saved: SavedAdapter, geometry: Geometry) -> None:
         )
 
 
-def _check_paired(saved: SavedAdapter, config: KVConfig, geometry: Geometry) -> None:
-    if geometry.encoder_decoder and config.num_transformer_submodules == 1 and config.layer_shapes is None:
+def _check_paired(saved: SavedAdapter, config: KVConfig, facts: Facts) -> None:
+    if facts.encoder_decoder and config.num_transformer_submodules == 1 and config.layer_shapes is None:
         raise CheckpointError(
             f"{saved.source} has num_transformer_submodules=1 for an encoder-decoder: PEFT runs cross-attention over "
             "the decoder's own cache there, which is not repeated here; train the prefix again, here or with "

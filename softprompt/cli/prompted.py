@@ -52,7 +52,7 @@ class Prompted:
 
     @property
     def context(self) -> int:
-        return context_length(self.model.geometry, self.tokenizer)
+        return context_length(self.model.facts, self.tokenizer)
 
     @property
     def room(self) -> int:
@@ -63,7 +63,7 @@ class Prompted:
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Rows with targets as this kind of model takes them."""
-        if self.model.geometry.encoder_decoder:
+        if self.model.facts.encoder_decoder:
             return encode_pairs(examples, self.tokenizer, self.room, self.context)
         return encode_all(examples, self.tokenizer, self.room)
 
@@ -85,7 +85,7 @@ class Prompted:
                     f"{example.where} takes {length} tokens, but the model's context of {self.context} leaves "
                     f"{self.room} beside the prompt; shorten it"
                 )
-        if self.model.geometry.encoder_decoder:
+        if self.model.facts.encoder_decoder:
             return min(wanted, self.context)
         return min(wanted, self.room - max(lengths))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig, TaskType
 from softprompt.elsewhere import embed_words
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.geometry import Geometry
+from softprompt.facts import Facts
 from softprompt.prompt import Context, EmbeddingPrompt, Embeddings, need_count
 
 WEIGHTED_LOSSES = ("none", "decay")
@@ -191,10 +191,10 @@ class CPTEmbedding(EmbeddingPrompt):
             self.start_from(_words(config, word_embeddings))
 
     @classmethod
-    def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
-        if not geometry.causal:
+    def fill(cls, config: PromptConfig, facts: Facts) -> PromptConfig:
+        if not facts.causal:
             raise UnsupportedError("CPT is for decoders, whose next tokens are the labels; use prompt_tuning here.")
-        return super().fill(config, geometry)
+        return super().fill(config, facts)
 
     def forward(self, indices: Tensor) -> Tensor:
         with torch.no_grad():  # the projection after the latest step; the next one starts from here

@@ -17,7 +17,8 @@ from torch.nn.functional import embedding
 from softprompt.config import EmbeddingConfig, PromptConfig, TaskType, parse_enum
 from softprompt.errors import CheckpointError, ConfigError, UnsupportedError
 from softprompt.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
-from softprompt.prompt import EmbeddingPrompt, Embeddings, Geometry, need_count
+from softprompt.facts import Facts
+from softprompt.prompt import EmbeddingPrompt, Embeddings, need_count
 
 
 class MultitaskPromptTuningInit(str, Enum):
@@ -165,14 +166,14 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
             self.embedding = PromptEmbedding(config._as_prompt_tuning(), word_embeddings).embedding
 
     @classmethod
-    def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
+    def fill(cls, config: PromptConfig, facts: Facts) -> PromptConfig:
         """On an encoder-decoder the prompt stands before the encoder's input, as in the paper.
 
         PEFT by default (`num_transformer_submodules=2`) has n more virtual tokens, which its `forward` puts before the
         decoder's input and its `generate` leaves out. Asked for, or found in a checkpoint, they stand there in both.
         """
         return super().fill(
-            replace(config, num_transformer_submodules=config.num_transformer_submodules or 1), geometry
+            replace(config, num_transformer_submodules=config.num_transformer_submodules or 1), facts
         )
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import final
 from torch import Tensor, nn
 
 from softprompt.config import EmbeddingConfig, PromptConfig, parse_enum
-from softprompt.geometry import Geometry
+from softprompt.facts import Facts
 from softprompt.prompt import EmbeddingPrompt, need_count
 
 
@@ -85,8 +85,8 @@ class PromptEncoder(EmbeddingPrompt):
         self.mlp_head = nn.Sequential(*steps)
 
     @classmethod
-    def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
-        filled = super().fill(config, geometry)
+    def fill(cls, config: PromptConfig, facts: Facts) -> PromptConfig:
+        filled = super().fill(config, facts)
         assert isinstance(filled, PromptEncoderConfig)
         return replace(filled, encoder_hidden_size=filled.encoder_hidden_size or filled.token_dim)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from softprompt.config import KVConfig, PromptConfig
 from softprompt.errors import ConfigError
-from softprompt.geometry import Geometry
+from softprompt.facts import Facts
 from softprompt.prompt import KVPrompt, need_count
 
 
@@ -66,8 +66,8 @@ class PrefixEncoder(KVPrompt):
                 nn.init.zeros_(parameter)
 
     @classmethod
-    def fill(cls, config: PromptConfig, geometry: Geometry) -> PromptConfig:
-        filled = super().fill(config, geometry)
+    def fill(cls, config: PromptConfig, facts: Facts) -> PromptConfig:
+        filled = super().fill(config, facts)
         assert isinstance(filled, PrefixTuningConfig)
         return replace(filled, encoder_hidden_size=filled.encoder_hidden_size or filled.token_dim)
 

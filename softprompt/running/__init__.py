@@ -1,10 +1,9 @@
-"""How a prompt reaches a call of the model: which door, by the kind of prompt and of model, never by the method.
+"""How a prompt reaches a call of the model: which way, by the kind of prompt and of model, never by the method.
 
-- keys and values, and front embeddings folded into them: the attention door (`doors.attention`), or the cache door
-  (`doors.cache`) on families that attend in code of their own;
+- keys and values, and front embeddings folded into them: in front of what attention sees (`injection.contract`);
 - embeddings that cannot be folded (encoders, models with a state, slots inside the row): in the rows
-  (`doors.embedding`);
-- embeddings on encoder-decoders: in the encoder's rows (`doors.encoder`).
+  (`injection.input_vectors`);
+- embeddings on encoder-decoders: in the encoder's rows (`injection.encoder_decoder`).
 """
 
 from contextlib import AbstractContextManager
@@ -15,28 +14,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.batch.join import Mixed
+from softprompt import transformers_api as api
+from softprompt.join import Mixed
+from softprompt.call import Call, check_rows, check_written
 from softprompt.config import Placement
-from softprompt.doors.cache import Door
-from softprompt.doors.decoder import check_decoding
-from softprompt.doors.embedding import embed, fill_slots, place, take
-from softprompt.doors.encoder import cut, open_encoder
-from softprompt.doors.lengths import own_lengths, padded
 from softprompt.errors import ConfigError, UnsupportedError
+from softprompt.facts import Facts
 from softprompt.fold import Folded, fold, fold_and_predict
-from softprompt.geometry import Geometry
-from softprompt.inputs import (
-    apart,
-    beyond_text,
-    cached,
-    check_written,
-    decodes_row,
-    labels_tokens,
-    packed,
-    with_mask,
-    with_pooling_mask,
-    without_cache,
-)
+from softprompt.injection.contract import Way
+from softprompt.injection.encoder_decoder import check_decoding, cut, open_encoder
+from softprompt.injection.input_vectors import embed, fill_slots, place, take
+from softprompt.injection.lengths import own_lengths, padded
 from softprompt.prompt import KV, Embeddings, spread
 from softprompt.running.context_loss import forward_with_context
 from softprompt.running.first_loss import with_first_loss, without_first
@@ -49,15 +37,15 @@ Prompt = Embeddings | KV | Folded | Mixed
 class Run:
     """One call of a base model with a prompt. `slots` `[B, T]` says where in the rows virtual tokens stand."""
 
-    door: Door
-    geometry: Geometry
+    way: Way
+    facts: Facts
     prompt: Prompt
     placement: Placement = Placement.FRONT
     slots: Tensor | None = None
 
     @property
     def base(self) -> PreTrainedModel:
-        return self.door.base
+        return self.way.base
 
     @property
     def vectors(self) -> Embeddings | None:
@@ -76,14 +64,14 @@ class Run:
     @property
     def folds(self) -> bool:
         """Whether the whole prompt is, or can be turned into, keys and values in front of every row."""
-        return self.vectors is None or can_fold(self.geometry, self.placement)
+        return self.vectors is None or self.facts.can_fold(self.placement)
 
     def as_kv(self) -> KV:
         if not isinstance(self.prompt, Embeddings):
             assert self.kv is not None and self.vectors is None
             return self.kv
-        if not self.geometry.foldable:
-            what = "causal" if not self.geometry.causal else "made of attention alone"
+        if not self.facts.foldable:
+            what = "causal" if not self.facts.causal else "made of attention alone"
             raise UnsupportedError(
                 f"{type(self.base).__name__} is not {what}, so an embedding prompt cannot be folded into keys and "
                 "values; train prefix_tuning instead."
@@ -93,54 +81,54 @@ class Run:
                 f"this prompt stands inside the rows (placement={self.placement.value!r}), so it cannot be folded into "
                 "keys and values in front of them."
             )
-        return fold(self.door, self.prompt)
+        return fold(self.way, self.prompt)
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
-    def forward(self, inputs: dict[str, Any]) -> Any:
-        """The model's output over real tokens, on keyword inputs that were given."""
-        inputs = apart(inputs)
-        direct = self.folds and self.geometry.causal and not labels_tokens(inputs)
-        if "logits_to_keep" in inputs and not direct:  # columns of the rows as they were given, and all for the loss
-            rest = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
-            return with_kept_logits(self.forward(rest), inputs["logits_to_keep"])
+    def forward(self, call: Call) -> Any:
+        """The model's output over real tokens."""
+        check_rows(call, self.base)
+        call = call.apart()
+        direct = self.folds and self.facts.causal and not call.labels_tokens
+        if "logits_to_keep" in call.rest and not direct:  # columns of the rows as they were given, and all for the loss
+            return with_kept_logits(self.forward(call.less("logits_to_keep")), call.rest["logits_to_keep"])
         if isinstance(self.prompt, Embeddings) and self.prompt.context is not None:
-            return forward_with_context(self, self.prompt, inputs)
-        return with_span_loss(self._forward(inputs), inputs, self.slots)
+            return forward_with_context(self, self.prompt, call)
+        return with_span_loss(self._forward(call), call, self.slots)
 
-    def _forward(self, inputs: dict[str, Any]) -> Any:
-        if self.geometry.encoder_decoder:
-            return self._forward_encoder_decoder(inputs)
-        if self.folds and self.geometry.causal:
-            return self._forward_folded(inputs)
-        if beyond_text(inputs):
+    def _forward(self, call: Call) -> Any:
+        if self.facts.encoder_decoder:
+            return self._forward_encoder_decoder(call)
+        if self.folds and self.facts.causal:
+            return self._forward_folded(call)
+        if call.beyond_text:
             raise self._no_media()
-        if self.geometry.causal and self.slots is None and packed(inputs):
+        if self.facts.causal and self.slots is None and call.packed:
             raise ConfigError(
                 f"this prompt stands inside the rows of {type(self.base).__name__}, so only the first of several "
                 "sequences in a row (position_ids that start again) would see it; give each a row of its own."
             )
-        if not self.geometry.causal or labels_tokens(inputs):
-            return self._forward_rows(inputs)
-        return self._forward_open_rows(inputs)
+        if not self.facts.causal or call.labels_tokens:
+            return self._forward_rows(call)
+        return self._forward_open_rows(call)
 
-    def _forward_folded(self, inputs: dict[str, Any]) -> Any:
+    def _forward_folded(self, call: Call) -> Any:
         """The rows stay as they were given: all of the prompt reaches them as keys and values."""
         words = self.base.get_output_embeddings() is not None
-        if not words or not labels_tokens(inputs):
-            return self.door.call(self.as_kv(), inputs)
+        if not words or not call.labels_tokens:
+            return self.way.call(self.as_kv(), call)
         folded = self.predicting()
-        divides = self.geometry.divides_loss and folded.logits is not None
-        rest, first = without_first(inputs, folded, divides)
-        output = self.door.call(folded.kv, rest)
+        divides = folded.logits is not None and self.facts.divides_loss
+        rest, first = without_first(call, folded, divides)
+        output = self.way.call(folded.kv, rest)
         if folded.logits is None:  # nothing predicts the first token, and neither does what stands before it
             return output
-        logits = first.of(spread(folded.logits, folded.kv.rows, len(inputs["labels"])))
+        logits = first.of(spread(folded.logits, folded.kv.rows, len(call.labels)))
         return with_first_loss(output, self.base, logits, first.labels, rest, divides)
 
     def predicting(self) -> Folded:
         """The whole prompt as keys and values, with what it predicts for the first token of a row, if anything."""
-        folded = fold_and_predict(self.door, self.prompt) if isinstance(self.prompt, Embeddings) else self.prompt
+        folded = fold_and_predict(self.way, self.prompt) if isinstance(self.prompt, Embeddings) else self.prompt
         return folded if isinstance(folded, Folded) else Folded(self.as_kv())
 
     def _no_media(self) -> UnsupportedError:
@@ -149,98 +137,103 @@ class Run:
             "media there; use a model of attention alone with placement='front', or prefix_tuning."
         )
 
-    def _forward_rows(self, inputs: dict[str, Any]) -> Any:
+    def _forward_rows(self, call: Call) -> Any:
         """Where a row's own columns matter: on encoders (heads read column 0), and with a label for every token."""
-        if self.geometry.causal:
-            inputs = without_cache(inputs if packed(inputs) else with_mask(inputs))
-        inputs, placement = self.placed(inputs, self.vectors, "right")
-        return placement.restore(self.door.call(self.kv, inputs))
+        if self.facts.causal:
+            call = (call if call.packed else call.with_mask()).without_cache()
+        call, placement = self.placed(call, self.vectors, "right")
+        return placement.restore(self.way.call(self.kv, call))
 
-    def placed(self, inputs: dict[str, Any], vectors: Embeddings | None, padding: str) -> tuple[dict[str, Any], Any]:
-        """The inputs with vectors in their rows, or at their slots, and where the tokens are then."""
-        geometry, embedded, lengths = self.geometry, None, None
+    def placed(self, call: Call, vectors: Embeddings | None, padding: str) -> tuple[Call, Any]:
+        """The call with vectors in its rows, or at their slots, and where the tokens are then."""
+        embedded, lengths = None, None
         if vectors is not None:
-            embedded = embed(inputs, self.base.get_input_embeddings())
+            embedded = embed(call, self.base.get_input_embeddings())
             if self.slots is not None:
-                inputs = {name: value for name, value in inputs.items() if name != "input_ids"}
-                inputs["inputs_embeds"] = fill_slots(embedded, vectors, self.slots)
+                call = call.but(ids=None, vectors=fill_slots(embedded, vectors, self.slots))
                 vectors = embedded = None
             else:
                 lengths = own_lengths(vectors, len(embedded), embedded.device)
         return place(
-            inputs,
+            call,
             None if vectors is None or embedded is None else vectors.per_row(embedded.shape[0]),
             embedded,
             lengths=lengths,
             after_first=self.placement is Placement.AFTER_BOS,
             padding=padding,
-            causal=geometry.causal,
-            position_offset=geometry.position_offset,
+            causal=self.facts.causal,
+            position_offset=self.facts.position_offset,
         )
 
-    def _forward_open_rows(self, inputs: dict[str, Any]) -> Any:
+    def _forward_open_rows(self, call: Call) -> Any:
         """Rows of a causal model that may go on: padding first, then the prompt and the row, as a cache needs them."""
         prompt = self.vectors
         assert prompt is not None
-        if cached(inputs):
-            return self.door.call(self.kv, self._behind(inputs, prompt))
-        if not packed(inputs):  # (several sequences with slots of their own are told apart by having no mask)
-            inputs = with_mask(with_pooling_mask(inputs, self.base, self.slots), always=True)
-        inputs, placement = self.placed(inputs, prompt, "left")
-        return placement.restore(self.door.call(self.kv, inputs))
+        if call.continues:
+            return self.way.call(self.kv, self._behind(call, prompt))
+        if not call.packed:  # (several sequences with slots of their own are told apart by having no mask)
+            call = _with_pooling_mask(call, self.base, self.slots).with_mask(always=True)
+        call, placement = self.placed(call, prompt, "left")
+        return placement.restore(self.way.call(self.kv, call))
 
-    def _behind(self, inputs: dict[str, Any], prompt: Embeddings) -> dict[str, Any]:
-        """Inputs of a later step, whose cache has already seen the prompt between the padding and the row.
+    def _behind(self, call: Call, prompt: Embeddings) -> Call:
+        """A later step, whose cache has already seen the prompt between the padding and the row.
 
         ConfigError without a mask where prompts differ in length, and so in the padding before them.
         """
-        mask = inputs.get("attention_mask")
-        if self.slots is None and prompt.lengths is not None and mask is None and self.geometry.layers:
+        mask = call.mask
+        if self.slots is None and prompt.lengths is not None and mask is None and self.facts.layers:
             raise ConfigError(
                 "a later step of rows whose prompts differ in length needs to know what was padding; pass the "
                 "attention_mask of all real tokens so far."
             )
         if self.slots is not None or not isinstance(mask, Tensor):
-            return inputs
+            return call
         seen = mask.new_ones(mask.shape[0], prompt.length)
         lengths = own_lengths(prompt, len(mask), mask.device)
         seen = seen if lengths is None else seen.masked_fill(padded(lengths, prompt.length), 0)
         widened = torch.cat([seen, mask], dim=1)
-        return {**inputs, "attention_mask": widened.sort(dim=1, stable=True).values}
+        return call.but(mask=widened.sort(dim=1, stable=True).values)
 
-    def _forward_encoder_decoder(self, inputs: dict[str, Any]) -> Any:
+    def _forward_encoder_decoder(self, call: Call) -> Any:
         kv, vectors, slots, placement = self.kv, self.vectors, self.slots, None
         if kv is not None and kv.layers:
-            check_written(inputs)
-        if decodes_row(inputs):  # the decoder has no mask for it, so padding must stand behind
-            inputs, placement = place(inputs, None, None, causal=False)
+            check_written(call.rest.get("decoder_attention_mask"))
+        if call.decodes_row:  # the decoder has no mask for it, so padding must stand behind
+            call, placement = place(call, None, None, causal=False)
             if slots is not None and placement.columns is not None:
                 slots = take(slots, placement.columns.argsort(dim=1).to(slots.device), 1)
-        with self.door.open(kv), self._open_encoder(vectors, slots):
-            output = cut(self.base(**inputs), vectors.length if vectors is not None and slots is None else 0)
+        with self._open_encoder(vectors, slots), self.way.open(kv):
+            output = self.base(**call.keywords(self.base))
+        output = cut(output, vectors.length if vectors is not None and slots is None else 0)
         return output if placement is None else placement.restore(output)
 
     def _open_encoder(self, vectors: Embeddings | None, slots: Tensor | None) -> AbstractContextManager[None]:
         after_first = self.placement is Placement.AFTER_BOS
-        return open_encoder(self.base, vectors, slots, after_first, self.door.learned_positions)
+        return open_encoder(self.base, vectors, slots, after_first, self.way.learned_positions)
 
     # ---- generate ------------------------------------------------------------------------------------------------
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's `generate`."""
         generate: Any = self.base.generate
-        if self.geometry.encoder_decoder:
+        cache = api.pop_cache(kwargs)
+        if cache is not None:
+            kwargs[api.generate_cache_name(self.base)] = cache
+        if self.facts.encoder_decoder:
             kv, vectors = self.kv, self.vectors
             check_decoding(self.base, vectors, kwargs)
             if kv is not None and kv.layers:
-                check_written(kwargs)
-            with self.door.open(kv), self._open_encoder(vectors, self.slots):
+                check_written(kwargs.get("decoder_attention_mask"))
+            with self._open_encoder(vectors, self.slots), self.way.open(kv):
                 output = generate(*args, **kwargs)
             return cut(output, vectors.length if vectors is not None and self.slots is None else 0)
         if self.folds:
             kv = self.as_kv().map(Tensor.contiguous)  # some families' keys are parts of a larger tensor
-            with self.door.open(kv, generating=kwargs.get("position_ids") is None):
+            with self.way.open(kv, generating=kwargs.get("position_ids") is None):
                 return generate(*args, **kwargs)
+        if cache is not None and api.seen_tokens(cache) > 0:
+            raise ConfigError("this prompt stands inside the rows, so generate cannot start from a cache; pass none.")
         return self._generate_rows(generate, args, kwargs)
 
     def _generate_rows(self, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -248,36 +241,34 @@ class Run:
 
         What it returns starts with the ids the caller gave.
         """
-        if not self.geometry.causal:
+        if not self.facts.causal:
             raise UnsupportedError(f"{type(self.base).__name__} is an encoder, which cannot generate.")
-        if beyond_text(kwargs):
-            raise self._no_media()
         inputs = dict(kwargs)
-        inputs["input_ids"] = given = _given_ids(args, inputs)
-        if given is None and inputs.get("inputs_embeds") is None:
-            raise ConfigError("generate needs input_ids or inputs_embeds; give the rows to go on from.")
-        if cached({"past_key_values": inputs.get("past_key_values") or inputs.get("cache_params")}):
-            raise ConfigError("this prompt stands inside the rows, so generate cannot start from a cache; pass none.")
-        _refuse_drafts(self.base, args, kwargs)
-        mask = inputs.get("attention_mask")
-        if mask is None:
-            mask = _mask_of(self.base, inputs, kwargs)
-            inputs["attention_mask"] = mask = mask if self.slots is None else mask | (self.slots >= 0).to(mask)
+        given = _given_ids(args, inputs)
         names = ("input_ids", "inputs_embeds", "attention_mask")
-        rows = {name: inputs[name] for name in names if inputs.get(name) is not None}
-        if "inputs_embeds" in rows:
-            rows.pop("input_ids", None)
-        placed, _ = self.placed(rows, self.vectors, "left")
+        call = Call.of({name: inputs.get(name) for name in names}).but(ids=given)
+        if Call.of(kwargs).beyond_text:
+            raise self._no_media()
+        if not call.given:
+            raise ConfigError("generate needs input_ids or inputs_embeds; give the rows to go on from.")
+        _refuse_drafts(self.base, args, kwargs)
+        mask = call.mask
+        if mask is None:
+            mask = _mask_of(self.base, call, kwargs)
+            mask = mask if self.slots is None else mask | (self.slots >= 0).to(mask)
+        placed, _ = self.placed(call.but(ids=given if call.vectors is None else None, mask=mask), self.vectors, "left")
         ids = None if given is None else _real_ids(given, mask, self.slots)
-        options = {name: value for name, value in inputs.items() if name not in (*rows, "inputs", "input_ids")}
-        with self.door.open(self.kv, generating=kwargs.get("position_ids") is None):
-            output = generate(None, *args[1:], **options, **placed, input_ids=ids)
+        options = {name: value for name, value in inputs.items() if name not in (*names, "inputs")}
+        with self.way.open(self.kv, generating=kwargs.get("position_ids") is None):
+            output = generate(
+                None,
+                *args[1:],
+                **options,
+                inputs_embeds=placed.vectors,
+                attention_mask=placed.mask,
+                input_ids=ids,
+            )
         return output if given is None else _starting_with(output, given, ids)
-
-
-def can_fold(geometry: Geometry, placement: Placement) -> bool:
-    """Whether a model can take vectors that stand there as keys and values."""
-    return geometry.foldable and placement is Placement.FRONT
 
 
 def _refuse_drafts(base: PreTrainedModel, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -301,11 +292,23 @@ def _given_ids(args: tuple[Any, ...], inputs: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def _mask_of(base: PreTrainedModel, inputs: dict[str, Any], options: dict[str, Any]) -> Tensor:
+def _with_pooling_mask(call: Call, base: PreTrainedModel, slots: Tensor | None) -> Call:
+    """The call of a sequence classifier with a mask over the padding behind its rows, if none is given.
+
+    A decoder's classifier looks for a row's last token by the padding id; where vectors take the ids' place it cannot.
+    """
+    ids, padding = call.ids, api.padding_id(base)
+    if ids is None or padding is None or call.mask is not None or not api.classifies_rows(base):
+        return call
+    empty = ids == padding if slots is None else (ids == padding) & (slots < 0).to(ids.device)
+    return call.but(mask=1 - empty.long().flip(1).cumprod(1).flip(1))
+
+
+def _mask_of(base: PreTrainedModel, call: Call, options: dict[str, Any]) -> Tensor:
     """As `generate` would make it: 0 at padding where the ids hold any, all ones otherwise."""
-    ids = inputs.get("input_ids")
+    ids = call.ids
     if ids is None:
-        return torch.ones(inputs["inputs_embeds"].shape[:2], dtype=torch.long, device=inputs["inputs_embeds"].device)
+        return torch.ones(call.rows.shape[:2], dtype=torch.long, device=call.rows.device)
     pad = options.get("pad_token_id", base.generation_config.pad_token_id if base.generation_config else None)
     end = options.get("eos_token_id", base.generation_config.eos_token_id if base.generation_config else None)
     ends = end if isinstance(end, list) else [end]

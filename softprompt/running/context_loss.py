@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from softprompt.doors.embedding import Placement
+from softprompt.call import Call
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.fold import fold_with_logits
-from softprompt.inputs import beyond_text, labels_tokens, packed, with_mask, without_cache
+from softprompt.injection.input_vectors import Placement
 from softprompt.prompt import Context, Embeddings
 from softprompt.running.first_loss import IGNORED, first_columns
 
@@ -38,24 +38,24 @@ def rows_alone() -> Iterator[None]:
         _ROWS_ALONE.reset(token)
 
 
-def forward_with_context(run: "Run", prompt: Embeddings, inputs: dict[str, Any]) -> Any:
+def forward_with_context(run: "Run", prompt: Embeddings, call: Call) -> Any:
     """The model's output over real tokens, its loss with the context's answers in it.
 
     `input_type_mask` `[B, T]`, where it is given, says which of the row's tokens are answers; else all are that have a
     label. ConfigError for rows of several sequences, and for labels that do not begin with the row.
     """
     assert prompt.context is not None
-    inputs = dict(inputs)
-    types, labels = inputs.pop("input_type_mask", None), inputs.get("labels")
+    types, labels = call.rest.get("input_type_mask"), call.labels
+    call = call.less("input_type_mask")
     plain = replace(run, prompt=replace(prompt, context=None))
     if labels is None or (_ROWS_ALONE.get() and types is None):
-        return plain.forward(inputs)
-    if not labels_tokens(inputs) or packed(inputs):
+        return plain.forward(call)
+    if not call.labels_tokens or call.packed:
         raise ConfigError(
             "this prompt's loss takes one whole sequence per row, with a label for every token and no cache; give the "
-            "rows an attention_mask, and leave past_key_values out."
+            "rows an attention_mask, and leave the cache out."
         )
-    if beyond_text(inputs):
+    if call.beyond_text:
         raise UnsupportedError(
             "this prompt's loss counts a text's answers, and rows with images or other media cannot have it; train "
             "prompt_tuning on them."
@@ -64,24 +64,22 @@ def forward_with_context(run: "Run", prompt: Embeddings, inputs: dict[str, Any])
         raise ConfigError(
             f"input_type_mask has shape {tuple(types.shape)}, labels {tuple(labels.shape)}; give one each."
         )
-    del inputs["labels"]
-    items = inputs.pop("num_items_in_batch", None)
-    inputs = without_cache(with_mask(inputs, always=True))
+    items = call.rest.get("num_items_in_batch")
+    call = call.but(labels=None).less("num_items_in_batch").with_mask(always=True).without_cache()
     predicting = predicting_tokens(prompt.context)
     if plain.folds:
-        kv, virtual = fold_with_logits(run.door, Embeddings(prompt.vectors), predicting)
+        kv, virtual = fold_with_logits(run.way, Embeddings(prompt.vectors), predicting)
         placement = Placement(None, labels.shape[1])
-        columns = first_columns(labels, inputs["attention_mask"])
+        columns = first_columns(labels, call.mask)
     else:
         kv, virtual, columns = None, None, torch.zeros_like(labels[:, :1])
-        inputs, placement = plain.placed({**inputs, "labels": labels}, prompt, "right")
-        arranged = inputs.pop("labels")[:, prompt.length :]
+        call, placement = plain.placed(call.but(labels=labels), prompt, "right")
+        arranged, call = call.labels[:, prompt.length :], call.but(labels=None)
         if types is not None and placement.columns is not None:
             order = (placement.columns - prompt.length).argsort(dim=1)
             types = types.gather(1, order)
         labels = arranged
-    with run.door.open(kv):
-        output = run.base(**inputs)
+    output = run.way.call(kv, call)
     logits = output.logits
     if virtual is None:
         virtual, logits = logits[:, predicting], logits[:, prompt.length :]

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from softprompt.fold import Folded
-from softprompt.inputs import packed
+from softprompt.call import Call
 from softprompt.prompt import spread
 
 IGNORED = -100
@@ -41,16 +41,17 @@ class First:
         return rows, self.columns
 
 
-def first_tokens(inputs: dict[str, Any]) -> First:
+def first_tokens(call: Call) -> First:
     """The first token of each row, or of each sequence where a row holds several (its positions start again).
 
     Where one begins is transformers' rule for what a token may see: wherever a position is not the one before plus 1.
     """
-    labels = inputs["labels"]
-    if not packed(inputs):
-        columns = first_columns(labels, inputs.get("attention_mask"))
+    labels = call.labels
+    if not call.packed:
+        columns = first_columns(labels, call.mask)
         return First(labels.gather(1, columns)[:, 0], columns[:, 0])
-    positions, begins = inputs["position_ids"], torch.ones_like(labels, dtype=torch.bool)
+    positions, begins = call.positions, torch.ones_like(labels, dtype=torch.bool)
+    assert positions is not None
     begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
     rows, columns = begins.nonzero(as_tuple=True)
     return First(labels[rows, columns], columns, rows)
@@ -63,38 +64,38 @@ def first_columns(labels: Tensor, mask: Any) -> Tensor:
     return labels.new_zeros(labels.shape[0], 1)
 
 
-def without_first(inputs: dict[str, Any], folded: Folded, divides: bool) -> tuple[dict[str, Any], First]:
-    """The inputs whose loss leaves the first real token of each sequence out, and those tokens.
+def without_first(call: Call, folded: Folded, divides: bool) -> tuple[Call, First]:
+    """The call whose loss leaves the first real token of each sequence out, and those tokens.
 
     A row whose prompt predicts nothing has none. A model that `divides` its loss as it is told is told all labels, so
     that its loss and the first tokens' add up.
     """
-    labels, first = inputs["labels"], first_tokens(inputs)
+    labels, first = call.labels, first_tokens(call)
     if folded.predicts is not None:
         predicts = spread(torch.tensor(folded.predicts, device=labels.device), folded.kv.rows, len(labels))
         first = replace(first, labels=first.labels.masked_fill(~first.of(predicts), IGNORED))
     rest = labels.index_put(first.places, labels.new_tensor(IGNORED))
-    changed = {**inputs, "labels": rest}
-    if divides and inputs.get("num_items_in_batch") is None:
-        changed["num_items_in_batch"] = rest.ne(IGNORED).sum() + first.labels.ne(IGNORED).sum()
+    changed = call.but(labels=rest)
+    if divides and call.rest.get("num_items_in_batch") is None:
+        changed = changed.plus(num_items_in_batch=rest.ne(IGNORED).sum() + first.labels.ne(IGNORED).sum())
     return changed, first
 
 
 def with_first_loss(
-    output: Any, base: PreTrainedModel, logits: Tensor, first: Tensor, rest: dict[str, Any], divides: bool
+    output: Any, base: PreTrainedModel, logits: Tensor, first: Tensor, rest: Call, divides: bool
 ) -> Any:
     """The output with the loss of the labels `first` `[M]` added, which `logits` `[M, V]` predict.
 
-    `rest` are the inputs of the output. A mean that the model has taken by itself becomes the mean over all labels.
+    `rest` is the call of the output. A mean that the model has taken by itself becomes the mean over all labels.
     """
     both = torch.stack([torch.full_like(first, IGNORED), first], dim=1)
-    items = rest.get("num_items_in_batch")
+    items = rest.rest.get("num_items_in_batch")
     logits = logits[:, None].repeat(1, 2, 1)
     if divides:
         loss = base.loss_function(logits=logits, labels=both, vocab_size=logits.shape[-1], num_items_in_batch=items)
         output["loss"] = output["loss"] + loss
         return output
-    others, firsts = rest["labels"][:, 1:].ne(IGNORED).sum(), first.ne(IGNORED).sum()
+    others, firsts = rest.labels[:, 1:].ne(IGNORED).sum(), first.ne(IGNORED).sum()
     total = cross_entropy(logits[:, 0].float(), first, ignore_index=IGNORED, reduction="sum")
     output["loss"] = (output["loss"] * others).where(others > 0, 0) + total
     output["loss"] = output["loss"] / (others + firsts)

@@ -6,29 +6,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from softprompt.call import Call
+
 SPANS = (("start_positions", "start_logits"), ("end_positions", "end_logits"))
 
 
-def real_columns(inputs: dict[str, Any], slots: Tensor | None) -> Tensor | None:
+def real_columns(call: Call, slots: Tensor | None) -> Tensor | None:
     """Which columns `[B, T]` hold the caller's own tokens; None where all do."""
-    mask = inputs.get("attention_mask")
-    real = mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    mask = call.flat_mask
+    real = None if mask is None else mask != 0
     if slots is None:
         return real
     words = slots < 0
     return words if real is None else real & words.to(real.device)
 
 
-def with_span_loss(output: Any, inputs: dict[str, Any], slots: Tensor | None = None) -> Any:
+def with_span_loss(output: Any, call: Call, slots: Tensor | None = None) -> Any:
     """The output with the loss of the given answer spans, the mean cross-entropy of start and end over real tokens.
 
     A head of its own takes the softmax over all columns, padding and virtual tokens too. A span outside the real tokens
     counts nowhere (all of them: the loss is not a number), as in transformers. Other outputs stay as they are.
     """
-    if any(inputs.get(position) is None or output.get(logits) is None for position, logits in SPANS):
+    if any(call.rest.get(position) is None or output.get(logits) is None for position, logits in SPANS):
         return output
-    real = real_columns(inputs, slots)
-    losses = [_column_loss(output[logits], inputs[position], real) for position, logits in SPANS]
+    real = real_columns(call, slots)
+    losses = [_column_loss(output[logits], call.rest[position], real) for position, logits in SPANS]
     output["loss"] = torch.stack(losses).mean()
     return output
 

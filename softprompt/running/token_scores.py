@@ -1,17 +1,16 @@
 """Log-probabilities of the labels instead of logits: what TRL's trainers ask a model for, and make their loss of."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers.utils.generic import ModelOutput
+from torch import Tensor, nn
 
+from softprompt.call import Call
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.inputs import labels_tokens, with_mask, without_cache
 from softprompt.prompt import Embeddings, spread
 from softprompt.running.first_loss import IGNORED, First, without_first
+from softprompt.transformers_api import ModelOutput
 
 if TYPE_CHECKING:
     from softprompt.running import Run
@@ -39,37 +38,36 @@ class TokenScores(ModelOutput):
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def token_scores(base: Callable[..., Any], run: "Run | None", inputs: dict[str, Any]) -> TokenScores:
+def token_scores(base: nn.Module, run: "Run | None", call: Call) -> TokenScores:
     """The scores of a row's labels with the prompt of a `run`; None: the `base` model's alone.
 
     ConfigError where not every token has a label; UnsupportedError where a loss is more than the row's labels.
     """
-    if not labels_tokens(inputs):
+    if not call.labels_tokens:
         raise ConfigError("scores per token need a label for every token of whole rows; pass labels, and no cache.")
-    inputs = without_cache(inputs)
-    items = inputs.pop("num_items_in_batch", None)
+    items = call.rest.get("num_items_in_batch")
+    call = call.less("num_items_in_batch").without_cache()
     if run is None:
-        labels = inputs.pop("labels")
-        output = base(**inputs)
-        parts = _shifted(output.logits, labels)
+        output = base(**call.but(labels=None).keywords(base))
+        parts = _shifted(output.logits, call.labels)
     elif isinstance(run.prompt, Embeddings) and run.prompt.context is not None:
         raise UnsupportedError(
             "this prompt's loss counts the answers in the prompt, which scores per token have no place for; train it "
             "with transformers' Trainer, or prompt_tuning here."
         )
     else:
-        output, parts = _folded(run, inputs) if run.folds and run.geometry.causal else _in_rows(run, inputs)
+        output, parts = _folded(run, call) if run.folds and run.facts.causal else _in_rows(run, call)
     scores = TokenScores(**dict(zip(_NAMES, parts, strict=True)), aux_loss=output.get("aux_loss"))
     counted = scores.label_mask.sum().clamp(min=1) if items is None else items  # pyright: ignore[reportOptionalMemberAccess]
     scores.loss = -parts[0].sum() / counted
     return scores
 
 
-def _folded(run: "Run", inputs: dict[str, Any]) -> tuple[Any, Parts]:
+def _folded(run: "Run", call: Call) -> tuple[Any, Parts]:
     folded = run.predicting()
-    rest, first = without_first(inputs, folded, divides=False)
-    labels = rest.pop("labels")
-    output = run.door.call(folded.kv, rest)
+    rest, first = without_first(call, folded, divides=False)
+    labels = rest.labels
+    output = run.way.call(folded.kv, rest.but(labels=None))
     parts = _shifted(output.logits, labels)
     if folded.logits is None:
         return output, parts
@@ -79,12 +77,11 @@ def _folded(run: "Run", inputs: dict[str, Any]) -> tuple[Any, Parts]:
     return output, (both[0], both[1], both[2], both[3])
 
 
-def _in_rows(run: "Run", inputs: dict[str, Any]) -> tuple[Any, Parts]:
+def _in_rows(run: "Run", call: Call) -> tuple[Any, Parts]:
     """With vectors in the rows, in whose order the scores are."""
-    inputs, _ = run.placed(with_mask(inputs), run.vectors, "right")
-    labels = inputs.pop("labels")
-    output = run.door.call(run.kv, inputs)
-    return output, _shifted(output.logits, labels)
+    call, _ = run.placed(call.with_mask(), run.vectors, "right")
+    output = run.way.call(run.kv, call.but(labels=None))
+    return output, _shifted(output.logits, call.labels)
 
 
 def _shifted(logits: Tensor, labels: Tensor) -> Parts:

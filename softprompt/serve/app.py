@@ -174,7 +174,7 @@ def open_app(options: ServeOptions) -> Iterator[FastAPI]:
     assert options.name is not None
     engine = TransformersEngine.of(options)
     path = options.base
-    base = LentBase(engine.door, engine.geometry, engine.tokenizer, path, options.name, fingerprint_of(path))
+    base = LentBase(engine.way, engine.facts, engine.tokenizer, path, options.name, fingerprint_of(path))
     with open_library(options, base) as library:
         yield create_app(engine, library, options)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from softprompt.batch.find import placement_of
-from softprompt.doors.cache import Door
 from softprompt.elsewhere import all_words, word_table
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.geometry import Geometry
+from softprompt.facts import Facts
+from softprompt.injection.contract import Way
 from softprompt.prompt import KV, evaluating
 from softprompt.running import Run
 from softprompt.store.loaded import LoadedPrompt
@@ -45,7 +45,7 @@ class Base(Protocol):
     def tokenizer(self) -> Any: ...
 
     @property
-    def geometry(self) -> Geometry: ...
+    def facts(self) -> Facts: ...
 
     def fold(self, loaded: LoadedPrompt) -> KV:
         """As `SoftPromptModel.fold`, on the CPU. UnsupportedError for what cannot be keys and values in front."""
@@ -62,24 +62,24 @@ class Base(Protocol):
 
 @final
 class LentBase:
-    """The model that an engine runs anyway, by its door. `fingerprint_of(path)` is its fingerprint."""
+    """The model that an engine runs anyway, by its way. `fingerprint_of(path)` is its fingerprint."""
 
-    def __init__(self, door: Door, geometry: Geometry, tokenizer: Any, path: str, name: str, fingerprint: str) -> None:
-        self.geometry, self.tokenizer = geometry, tokenizer
+    def __init__(self, way: Way, facts: Facts, tokenizer: Any, path: str, name: str, fingerprint: str) -> None:
+        self.facts, self.tokenizer = facts, tokenizer
         self.path, self.name, self.fingerprint = path, name, fingerprint
-        self._door = door
+        self._way = way
 
     @property
     def dtype(self) -> str:
-        return str(word_table(self._door.base).dtype).removeprefix("torch.")
+        return str(word_table(self._way.base).dtype).removeprefix("torch.")
 
     def fold(self, loaded: LoadedPrompt) -> KV:
-        return folded(self._door, self.geometry, loaded)
+        return folded(self._way, self.facts, loaded)
 
     def words(self) -> Tensor:
-        weight = self._door.base.get_input_embeddings().weight
+        weight = self._way.base.get_input_embeddings().weight
         assert isinstance(weight, Tensor)
-        return all_words(self._door.base) if weight.is_meta else weight.detach().cpu()
+        return all_words(self._way.base) if weight.is_meta else weight.detach().cpu()
 
     def release(self) -> None: ...
 
@@ -99,8 +99,8 @@ class FolderBase:
             raise ConfigError(f"dtype={dtype!r} is not a number format to serve in; use one of {', '.join(DTYPES)}.")
         self.path, self.name, self.dtype = path, name, dtype
         self._lock = RLock()
-        self._door: Door | None = None
-        self._geometry: Geometry | None = None
+        self._way: Way | None = None
+        self._facts: Facts | None = None
         self._words: Tensor | None = None
 
     @cached_property
@@ -114,22 +114,22 @@ class FolderBase:
         return load_tokenizer(self.path)
 
     @property
-    def geometry(self) -> Geometry:
+    def facts(self) -> Facts:
         with self._lock:
-            if self._geometry is None:
+            if self._facts is None:
                 self._open()
-            assert self._geometry is not None
-            return self._geometry
+            assert self._facts is not None
+            return self._facts
 
     def fold(self, loaded: LoadedPrompt) -> KV:
         with self._lock:
-            return folded(self._open(), self.geometry, loaded)
+            return folded(self._open(), self.facts, loaded)
 
     def words(self) -> Tensor:
         """Kept from the first time on, since the model is not."""
         with self._lock:
             if self._words is None:
-                was_open = self._door is not None
+                was_open = self._way is not None
                 self._words = all_words(self._open().base)
                 if not was_open:
                     self.release()
@@ -137,27 +137,27 @@ class FolderBase:
 
     def release(self) -> None:
         with self._lock:
-            self._door = None
+            self._way = None
 
-    def _open(self) -> Door:
+    def _open(self) -> Way:
         from softprompt.loading import load_base
-        from softprompt.probe import find_door
+        from softprompt.base_model import find_way
 
-        if self._door is None:
+        if self._way is None:
             model = load_base(self.path, self.tokenizer, dtype=self.dtype, device="cpu").requires_grad_(False)
-            self._door, self._geometry = find_door(model)
-        return self._door
+            self._way, self._facts = find_way(model)
+        return self._way
 
 
 @torch.no_grad()
-def folded(door: Door, geometry: Geometry, loaded: LoadedPrompt) -> KV:
+def folded(way: Way, facts: Facts, loaded: LoadedPrompt) -> KV:
     """A prompt as keys and values, `[1, h, p, k]` each, in the base model's type, on the CPU.
 
     UnsupportedError where it stands inside the rows, depends on them, or is to be seen from beyond a sliding window.
     """
-    own = word_table(door.base)
-    with evaluating(door.base):
-        kv = Run(door, geometry, loaded.prompt(), placement_of(loaded.config)).as_kv()
+    own = word_table(way.base)
+    with evaluating(way.base):
+        kv = Run(way, facts, loaded.prompt(), placement_of(loaded.config)).as_kv()
     if kv.always_visible:
         raise UnsupportedError(
             "prefix_always_visible lets queries see the prefix from beyond a sliding window, which this engine cannot; "

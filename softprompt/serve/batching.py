@@ -27,10 +27,10 @@ from typing import Any, final
 import torch
 from transformers import PreTrainedModel
 
+from softprompt.base_model import find_way
 from softprompt.elsewhere import word_table
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.geometry import Geometry
-from softprompt.probe import find_door
+from softprompt.facts import Facts
 from softprompt.serve.engine import Ask, EngineError, Piece
 from softprompt.serve.options import ServeOptions
 from softprompt.serve.prompt_pool import PromptFinder
@@ -69,18 +69,18 @@ class TransformersEngine:
         prompt_bytes: int = 2 << 30,
     ) -> None:
         base = base.eval().requires_grad_(False)
-        self.door, self.geometry = find_door(base)
-        if not self.geometry.causal or not self.geometry.foldable or base.get_output_embeddings() is None:
+        self.way, self.facts = find_way(base)
+        if not self.facts.causal or not self.facts.foldable or base.get_output_embeddings() is None:
             raise UnsupportedError(
                 f"{type(base).__name__} cannot be served, since it is no causal language model of attention alone; "
                 "serve a family such as gpt2, llama, mistral, qwen or gemma."
             )
         self.base, self.tokenizer, self.timeout = base, tokenizer, timeout
-        self.max_length = _max_length(self.geometry, max_length)
+        self.max_length = _max_length(self.facts, max_length)
         self.vocabulary = word_table(base).shape[0]
-        self.max_cache_tokens = max_cache_tokens or _what_fits(self.geometry, base, max_batch * self.max_length)
-        model = Model(self.door, self.geometry, word_table(base).device)
-        finder = PromptFinder(self.door, self.geometry, prompt_bytes)
+        self.max_cache_tokens = max_cache_tokens or _what_fits(self.facts, base, max_batch * self.max_length)
+        model = Model(self.way, self.facts, word_table(base).device)
+        finder = PromptFinder(self.way, self.facts, prompt_bytes)
         self._schedule = Schedule(model, finder, max_batch, self.max_cache_tokens)
         self._ends = _ends(base, tokenizer)
         self._here = threading.Condition()  # of what follows
@@ -236,10 +236,10 @@ def _put(sent: Sent) -> None:
         queue.put_nowait(item)
 
 
-def _max_length(geometry: Geometry, wanted: int | None) -> int:
-    if wanted is not None and geometry.context is not None and wanted > geometry.context:
-        raise ConfigError(f"max_length={wanted} is more than the {geometry.context} tokens that this model takes.")
-    return wanted or geometry.context or ENDLESS
+def _max_length(facts: Facts, wanted: int | None) -> int:
+    if wanted is not None and facts.context is not None and wanted > facts.context:
+        raise ConfigError(f"max_length={wanted} is more than the {facts.context} tokens that this model takes.")
+    return wanted or facts.context or ENDLESS
 
 
 def _ends(base: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
@@ -250,13 +250,13 @@ def _ends(base: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
     return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
 
-def _what_fits(geometry: Geometry, base: PreTrainedModel, most: int) -> int:
+def _what_fits(facts: Facts, base: PreTrainedModel, most: int) -> int:
     """How many tokens of keys and values a part of the memory holds: 30 % of what a GPU has free, or 1/8 of the CPU's.
 
     The cache has up to a quarter more room than that, one layer is there twice while it grows, and steps need some.
     """
     own = word_table(base)
-    size = sum(each.heads * (each.key_size + each.value_size) for each in geometry.layers) * own.element_size()
+    size = sum(each.heads * (each.key_size + each.value_size) for each in facts.layers) * own.element_size()
     if own.device.type == "cuda":
         memory = int(0.3 * torch.cuda.mem_get_info(own.device)[0])
     else:

@@ -226,7 +226,7 @@ class PromptLibrary:
 
     def _prompts(self) -> Loader:
         if self._loader is None:
-            self._loader = Loader(self.base.geometry)
+            self._loader = Loader(self.base.facts)
         return self._loader
 
     def _changed(self, name: str, place: Found) -> bool:

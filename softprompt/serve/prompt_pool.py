@@ -9,13 +9,12 @@ from torch import Tensor
 
 from softprompt.batch.find import placement_of
 from softprompt.config import Placement
-from softprompt.doors.cache import Door
+from softprompt.injection.contract import Way
 from softprompt.elsewhere import at_hand, word_table
 from softprompt.errors import UnsupportedError
 from softprompt.fold import fold
-from softprompt.geometry import Geometry
+from softprompt.facts import Facts
 from softprompt.prompt import KV, Embeddings
-from softprompt.running import can_fold
 from softprompt.serve.version import Version
 from softprompt.store import PromptStore
 
@@ -38,8 +37,8 @@ class Found:
 class PromptFinder:
     """Loads the prompts of versions, and keeps the latest within `max_bytes`, folded. For a single thread."""
 
-    def __init__(self, door: Door, geometry: Geometry, max_bytes: int) -> None:
-        self._door, self._geometry = door, geometry
+    def __init__(self, way: Way, facts: Facts, max_bytes: int) -> None:
+        self._way, self._facts = way, facts
         self._store = PromptStore(max_bytes=max_bytes)
         self._folders: dict[str, str] = {}
 
@@ -47,21 +46,21 @@ class PromptFinder:
     def find(self, version: Version) -> Found:
         """Raises SoftPromptError."""
         self._know(version.digest, str(version.folder))
-        good, bad = self._store.load([version.digest], self._geometry)
+        good, bad = self._store.load([version.digest], self._facts)
         if bad:
             raise bad[version.digest]
         loaded = good[version.digest]
         prompt, placement = loaded.prompt(), placement_of(loaded.config)
-        own = word_table(self._door.base)
-        if isinstance(prompt, Embeddings) and not can_fold(self._geometry, placement):
+        own = word_table(self._way.base)
+        if isinstance(prompt, Embeddings) and not self._facts.can_fold(placement):
             return Found(Embeddings(prompt.vectors.to(own)), placement)
 
         def as_kv() -> KV:
             if isinstance(prompt, KV):
                 kv = prompt
             else:
-                with at_hand(self._door.base):
-                    kv = fold(self._door, Embeddings(prompt.vectors.to(own)))
+                with at_hand(self._way.base):
+                    kv = fold(self._way, Embeddings(prompt.vectors.to(own)))
             return kv.map(lambda part: part.detach().to(own).clone(memory_format=torch.contiguous_format))
 
         kv = self._store.derived(loaded, "served", as_kv)

@@ -10,7 +10,9 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import Cache
+
+from softprompt.transformers_api import CacheLayerMixin
 
 ROOM = 64  # columns, at least, that are kept free for what comes
 

@@ -222,7 +222,7 @@ class Schedule:
 
     def _start_anew(self) -> None:
         self.beginning = None
-        self.model = Model(self.model.door, self.model.geometry, self.model.device)
+        self.model = Model(self.model.way, self.model.facts, self.model.device)
 
 
 def _failed(error: Exception) -> EngineError:

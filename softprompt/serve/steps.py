@@ -5,13 +5,13 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import Cache
+from transformers import Cache, DynamicCache
 
 from softprompt.batch import check_slots
-from softprompt.doors.cache import Door
+from softprompt.call import Call
+from softprompt.injection.contract import Way
 from softprompt.elsewhere import at_hand
-from softprompt.geometry import Geometry
+from softprompt.facts import Facts
 from softprompt.prompt import KV, Embeddings
 from softprompt.running import Run
 from softprompt.serve.prompt_pool import PromptPool
@@ -64,18 +64,18 @@ class Beginning:
             more = len(row.ids) - len(row.ask.slots)  # what it has generated already
             slots = torch.tensor([[*row.ask.slots, *[-1] * more]], device=model.device)
         check_slots(row.found.placement, slots)
-        run = Run(model.door, model.geometry, row.found.prompt, row.found.placement, slots)
+        run = Run(model.way, model.facts, row.found.prompt, row.found.placement, slots)
         ids = torch.tensor([row.ids], device=model.device)
-        placed, _ = run.placed({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, run.vectors, "left")
-        return model.scores(None, {**placed, **using(self._cache)})  # (the last column may be a virtual token's)
+        placed, _ = run.placed(Call(ids=ids, mask=torch.ones_like(ids)), run.vectors, "left")
+        return model.scores(None, placed.but(cache=self._cache))  # (the last column may be a virtual token's)
 
 
 @final
 class Model:
     """A base model and the rows that go on. For a single thread."""
 
-    def __init__(self, door: Door, geometry: Geometry, device: torch.device) -> None:
-        self.door, self.geometry, self.device = door, geometry, device
+    def __init__(self, way: Way, facts: Facts, device: torch.device) -> None:
+        self.way, self.facts, self.device = way, facts, device
         self.pool = PromptPool()
         self.rows: list[Row] = []
         self._cache = RowCache()
@@ -87,13 +87,13 @@ class Model:
 
     def call(self, ids: Tensor, mask: Tensor, cache: Cache, prompts: KV | None) -> Tensor:
         """The scores `[B, V]` behind the last column of `ids` `[B, T]`; `mask` `[B, T + what is cached]`."""
-        return self.scores(prompts, {"input_ids": ids, "attention_mask": mask, **using(cache)})
+        return self.scores(prompts, Call(ids=ids, mask=mask, cache=cache))
 
-    def scores(self, prompts: KV | None, inputs: dict[str, Any]) -> Tensor:
-        """Of a call with these inputs the scores `[B, V]` behind the last column, and no others where that can be."""
-        kept = {"logits_to_keep": 1} if self.door.keeps_logits else {}
-        with torch.no_grad(), at_hand(self.door.base):
-            return self.door.call(prompts, inputs | kept).logits[:, -1]
+    def scores(self, prompts: KV | None, call: Call) -> Tensor:
+        """Of a call that fills a cache the scores `[B, V]` behind the last column, and no others where that can be."""
+        kept: dict[str, Any] = {"logits_to_keep": 1} if self.way.keeps_logits else {}
+        with torch.no_grad(), at_hand(self.way.base):
+            return self.way.call(prompts, call.plus(use_cache=True, return_dict=True, **kept)).logits[:, -1]
 
     def join(self, beginning: Beginning) -> None:
         """Rows that have been read go on, behind the others; before anything is added to them."""
@@ -118,8 +118,3 @@ class Model:
 def alone(row: Row) -> bool:
     """Whether a row's text has to be read by itself: a prompt's vectors stand inside it."""
     return row.found is not None and isinstance(row.found.prompt, Embeddings)
-
-
-def using(cache: Cache) -> dict[str, Any]:
-    """What a call that fills a cache is given besides its rows."""
-    return {"past_key_values": cache, "use_cache": True, "return_dict": True}

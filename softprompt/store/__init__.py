@@ -1,7 +1,7 @@
 """A store of prompts: any number of adapters in folders, loaded when a row asks for them, within a limit of memory.
 
     store = PromptStore("prompts/", max_bytes=2 << 30)
-    good, bad = store.load(["customer-7", "customer-9"], model.geometry)
+    good, bad = store.load(["customer-7", "customer-9"], model.facts)
     kv = store.derived(good["customer-7"], ("kv", device, dtype), lambda: ...)
 
 Every adapter is checked as `SoftPromptModel.load_adapter` checks it, and one that is missing, damaged, hostile or made
@@ -20,7 +20,7 @@ from typing import Any, TypeVar, final
 from softprompt.checkpoint import CONFIG_NAME
 from softprompt.checkpoint.files import half_written
 from softprompt.errors import CheckpointError, ConfigError, SoftPromptError
-from softprompt.geometry import Geometry
+from softprompt.facts import Facts
 from softprompt.store.loaded import LoadedPrompt, Loader, size_of
 from softprompt.store.stamps import PAUSE, READS, Stamps, finder, same, stamps_of
 
@@ -73,7 +73,7 @@ class PromptStore:
         self.max_bytes, self.mapped = max_bytes, mapped
         self._lock = Lock()  # of all that follows; never held while files are read or anything is computed
         self._folders: dict[str, str] = {}
-        self._loaders: dict[Geometry, Loader] = {}
+        self._loaders: dict[Facts, Loader] = {}
         self._held: OrderedDict[tuple[str, Loader], _Held] = OrderedDict()
         self._keys: dict[LoadedPrompt, tuple[str, Loader]] = {}
         self._nbytes = 0
@@ -130,11 +130,11 @@ class PromptStore:
     # ---- prompts -------------------------------------------------------------------------------------------------
 
     def load(
-        self, names: Iterable[str], geometry: Geometry
+        self, names: Iterable[str], facts: Facts
     ) -> tuple[dict[str, LoadedPrompt], dict[str, SoftPromptError]]:
-        """The prompts of these names for a base model of this geometry, and why the others could not be loaded."""
+        """The prompts of these names for a base model of this facts, and why the others could not be loaded."""
         with self._lock:
-            loader = self._loaders.setdefault(geometry, Loader(geometry, self.mapped))
+            loader = self._loaders.setdefault(facts, Loader(facts, self.mapped))
         good: dict[str, LoadedPrompt] = {}
         bad: dict[str, SoftPromptError] = {}
         for name in dict.fromkeys(names):

@@ -23,7 +23,7 @@ from softprompt.checkpoint.undrawn import Undrawn
 from softprompt.config import KVConfig, PromptConfig
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.fitting import fitted, method_of
-from softprompt.geometry import Geometry
+from softprompt.facts import Facts
 from softprompt.heads import with_default_heads
 from softprompt.pairs import dealt
 from softprompt.prompt import KV, Embeddings, SoftPrompt
@@ -70,8 +70,8 @@ class LoadedPrompt:
 class Loader:
     """Loads prompts for one base model from the folders of adapters. Threads may share it."""
 
-    def __init__(self, geometry: Geometry, mapped: bool = False) -> None:
-        self.geometry, self.mapped = geometry, mapped
+    def __init__(self, facts: Facts, mapped: bool = False) -> None:
+        self.facts, self.mapped = facts, mapped
         self._lock = Lock()
         self._plans: OrderedDict[Promise, _Plan] = OrderedDict()
         self._moulds: OrderedDict[Alike, _Mould] = OrderedDict()
@@ -100,7 +100,7 @@ class Loader:
         with self._lock:
             plan = self._plans.get(promised)
         if plan is None:
-            plan = _plan(promised, source, self.geometry)
+            plan = _plan(promised, source, self.facts)
             self._keep(self._plans, promised, plan, KEPT_PLANS)
         return plan
 
@@ -130,7 +130,7 @@ class _Plan:
     alike: Alike
 
 
-def _plan(promised: Promise, source: str, geometry: Geometry) -> _Plan:
+def _plan(promised: Promise, source: str, facts: Facts) -> _Plan:
     """Raise SoftPromptError if what is promised at `source` cannot stand before this base model, or has heads."""
     heads = with_default_heads(promised.config)
     if heads:
@@ -138,9 +138,9 @@ def _plan(promised: Promise, source: str, geometry: Geometry) -> _Plan:
             f"{source} was trained with a head of its own ({', '.join(heads)}), and the rows of a batch share the "
             "model's; load it with model.load_adapter."
         )
-    check_fits(SavedAdapter(promised.config, {}, source=source), geometry)
+    check_fits(SavedAdapter(promised.config, {}, source=source), facts)
     try:
-        config = fitted(promised.config, geometry)
+        config = fitted(promised.config, facts)
     except (ConfigError, UnsupportedError) as error:
         raise type(error)(f"{source}: {error}") from error
     return _Plan(method_of(config), config, Alike.of(config))

@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt import checkpoint
+from softprompt import transformers_api as api
+from softprompt.base_model import find_way
 from softprompt.config import KVConfig
-from softprompt.doors.cache import Door
+from softprompt.elsewhere import word_table
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.geometry import Geometry
+from softprompt.facts import Facts, record
+from softprompt.injection.contract import Way
 from softprompt.model import SoftPromptModel
-from softprompt.probe import find_door, record, word_table
 from softprompt.prompt import KV, evaluating
 
 PROBE_TOKENS = 4
@@ -58,12 +60,12 @@ def compose_prefixes(model: SoftPromptModel | PreTrainedModel, prefixes: Sequenc
     all keys as they are, as PEFT and the paper do. Raises UnsupportedError where keys cannot be moved exactly (learned
     positions, for one), ConfigError for prefixes that are not of this model or do not fit into its context.
     """
-    door, geometry = _of(model)
-    _check(prefixes, geometry)
+    way, facts = _of(model)
+    _check(prefixes, facts)
     lengths = [prefix.length for prefix in prefixes]
     offsets = [sum(lengths[:number]) for number in range(len(lengths))]
     if rerotate and len(prefixes) > 1:
-        turns = _turns(door, lengths[1:], offsets[1:])
+        turns = _turns(way, lengths[1:], offsets[1:])
         moved = [_moved(each, turns, offset) for each, offset in zip(prefixes[1:], offsets[1:], strict=True)]
         prefixes = [prefixes[0], *moved]
     layers = zip(*(each.layers for each in prefixes), strict=True)
@@ -71,18 +73,18 @@ def compose_prefixes(model: SoftPromptModel | PreTrainedModel, prefixes: Sequenc
     return replace(prefixes[0], layers=tuple((key, value) for key, value in joined))
 
 
-def _of(model: SoftPromptModel | PreTrainedModel) -> tuple[Door, Geometry]:
-    return (model.door, model.geometry) if isinstance(model, SoftPromptModel) else find_door(model)
+def _of(model: SoftPromptModel | PreTrainedModel) -> tuple[Way, Facts]:
+    return (model.way, model.facts) if isinstance(model, SoftPromptModel) else find_way(model)
 
 
-def _check(prefixes: Sequence[KV], geometry: Geometry) -> None:
+def _check(prefixes: Sequence[KV], facts: Facts) -> None:
     if not prefixes:
         raise ConfigError("there are no prefixes to compose; give two or more.")
-    if not geometry.causal or not geometry.layers:
+    if not facts.causal or not facts.layers:
         raise UnsupportedError(
             "prefixes are composed for decoders with attention only: elsewhere their tokens stand in no order."
         )
-    needed = [(layer.heads, layer.key_size, layer.value_size) for layer in geometry.layers]
+    needed = [(layer.heads, layer.key_size, layer.value_size) for layer in facts.layers]
     for number, prefix in enumerate(prefixes):
         found = [(key.shape[1], key.shape[3], value.shape[3]) for key, value in prefix.layers]
         if found != needed or prefix.cross or prefix.encoder or prefix.layers[0][0].shape[0] != 1:
@@ -93,10 +95,10 @@ def _check(prefixes: Sequence[KV], geometry: Geometry) -> None:
     if len({prefix.always_visible for prefix in prefixes}) > 1:
         raise ConfigError("only some of these prefixes are visible beyond a sliding window; make them alike.")
     total = sum(prefix.length for prefix in prefixes)
-    if geometry.context is not None and total >= geometry.context:
+    if facts.context is not None and total >= facts.context:
         raise ConfigError(
             f"the prefixes have {total} tokens together, which leaves no room in this model's context of "
-            f"{geometry.context}; compose fewer or shorter ones."
+            f"{facts.context}; compose fewer or shorter ones."
         )
 
 
@@ -106,27 +108,27 @@ def _moved(prefix: KV, turns: Sequence[Turn | None], offset: int) -> KV:
 
 
 @torch.no_grad()
-def _turns(door: Door, lengths: list[int], offsets: list[int]) -> list[Turn | None]:
+def _turns(way: Way, lengths: list[int], offsets: list[int]) -> list[Turn | None]:
     """How each layer moves the keys of prefixes of these lengths by these offsets; None: its keys have no position.
 
     The last token of each prefix is what the proof is made on: frequencies that depend on the length of a text differ
     most there. UnsupportedError unless the model's own keys and values come out.
     """
-    tokens = _plain_tokens(door)
+    tokens = _plain_tokens(way)
     ends = torch.tensor(lengths, device=tokens.device)[:, None, None].expand(-1, *tokens.shape) - 1
     shifts = torch.tensor(offsets, device=tokens.device)[:, None, None].expand_as(ends)
-    with evaluating(door.base):
-        alone = [_keys_at(door, tokens, end) for end in ends]
-        moved = _keys_at(door, tokens.repeat(len(ends), 1), (ends + shifts).flatten(0, 1))
+    with evaluating(way.base):
+        alone = [_keys_at(way, tokens, end) for end in ends]
+        moved = _keys_at(way, tokens.repeat(len(ends), 1), (ends + shifts).flatten(0, 1))
     found: list[Turn | None] = []
     for layer, (key, value) in enumerate(moved):
         before, values = (torch.cat([run[layer][part] for run in alone]) for part in range(2))
-        candidates = [None, *_candidates(door.base, key.shape[-1])]
+        candidates = [None, *_candidates(way.base, key.shape[-1])]
         errors = [_error(_turned(before, turn, shifts.flatten(0, 1)[:, :, None]), key) for turn in candidates]
         best = min(range(len(errors)), key=errors.__getitem__)
         exact = key.dtype in (torch.float32, torch.float64)
         if max(errors[best], _error(values, value)) > (1e-3 if exact else 2e-2):
-            raise UnsupportedError(_why_not(door.base))
+            raise UnsupportedError(_why_not(way.base))
         found.append(candidates[best])
     return found
 
@@ -135,14 +137,14 @@ def _turned(key: Tensor, turn: Turn | None, positions: Tensor | int) -> Tensor:
     return key if turn is None else turn(key, positions)
 
 
-def _keys_at(door: Door, tokens: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
-    recording, _ = record(door, {"input_ids": tokens, "position_ids": positions + door.position_offset})
+def _keys_at(way: Way, tokens: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+    recording, _ = record(way, {"input_ids": tokens, "position_ids": positions + way.position_offset})
     return recording.layers
 
 
-def _plain_tokens(door: Door) -> Tensor:
+def _plain_tokens(way: Way) -> Tensor:
     """Rows of one token each, `[PROBE_TOKENS, 1]`, spread over the vocabulary."""
-    table = word_table(door.base)
+    table = word_table(way.base)
     return torch.linspace(4, table.shape[0] - 2, PROBE_TOKENS).long().to(table.device)[:, None]
 
 
@@ -157,10 +159,8 @@ def _candidates(base: PreTrainedModel, key_size: int) -> list[Turn]:
 
 def _frequencies(base: PreTrainedModel) -> list[Tensor]:
     """`[m]` each, in radians per position; GPT-J has them as a table of sines and cosines, `[positions, 2m]`."""
-    buffers = base.named_buffers()
-    found = [each for name, each in buffers if name.endswith("inv_freq") and "original" not in name.rpartition(".")[2]]
-    tables = (getattr(module, "embed_positions", None) for module in base.modules())
-    table = next((each for each in tables if isinstance(each, Tensor) and each.ndim == 2), None)
+    found = list(api.rotary_frequencies(base))
+    table = next((each for each in api.fixed_tables(base) if isinstance(each, Tensor) and each.ndim == 2), None)
     if table is not None:
         sines, cosines = table[1].float().chunk(2)
         found.append(torch.atan2(sines, cosines))

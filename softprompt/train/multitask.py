@@ -106,7 +106,7 @@ class Distillation:
             told = self.teachers(**batch, output_hidden_states=True)
         said = model(**batch, output_hidden_states=True)
         answers, tokens, states = batch["labels"] != IGNORED, batch["attention_mask"].bool(), "hidden_states"
-        if model.geometry.encoder_decoder:  # whose decoder has a position for each token it writes
+        if model.facts.encoder_decoder:  # whose decoder has a position for each token it writes
             tokens, states, own, theirs = answers, "decoder_hidden_states", said.logits, told.logits
         else:
             answers, own, theirs = answers[:, 1:], said.logits[:, :-1], told.logits[:, :-1]

@@ -25,7 +25,7 @@ from softprompt.data import (
 )
 from softprompt.data.cloze import ClozeExample
 from softprompt.errors import ConfigError
-from softprompt.geometry import Geometry
+from softprompt.facts import Facts
 from softprompt.recipe import Recipe
 from softprompt.recipe.cloze import slots_of
 from softprompt.start import drawn, examples_text
@@ -196,9 +196,9 @@ def read_source(recipe: Recipe) -> Source:
     return LabelSource.read(recipe) if recipe.task == "SEQ_CLS" else TextSource.read(recipe)
 
 
-def context_length(geometry: Geometry, tokenizer: PreTrainedTokenizerBase) -> int:
+def context_length(facts: Facts, tokenizer: PreTrainedTokenizerBase) -> int:
     """The longest sequence, in tokens, that both the model and its tokenizer were made for."""
-    model = geometry.context - geometry.position_offset if geometry.context else 10**6
+    model = facts.context - facts.position_offset if facts.context else 10**6
     return min(model, tokenizer.model_max_length)
 
 

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softprompt.elsewhere import offloaded, place_of, sharded
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.fold_cache import FoldCache
 from softprompt.loading import pick_device
 from softprompt.model import SoftPromptModel
+from softprompt.transformers_api import GradientCheckpointingLayer
 from softprompt.prompt import evaluating
 from softprompt.recipe import Recipe
 

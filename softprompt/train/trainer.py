@@ -96,7 +96,7 @@ class Trainer:
         model = build_prompt(recipe, base, tokenizer, source.texts(), state is None, source.examples(), draw)
         if shared:
             shard_base(model, device, recipe.shard_size)
-        context = context_length(model.geometry, tokenizer)
+        context = context_length(model.facts, tokenizer)
         data = source.encode(recipe, tokenizer, context, base)
         loss = own_loss if teachers is None else Distillation.of(base, teachers, recipe)
         if data.cut:

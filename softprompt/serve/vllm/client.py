@@ -1,8 +1,8 @@
-"""The door between vLLM's API and its engine: what a request with a prompt is turned into, and its answer back.
+"""The way between vLLM's API and its engine: what a request with a prompt is turned into, and its answer back.
 
 vLLM's handlers know names of LoRA adapters; a prompt's name is one to them, and means a `PromptModel`. `PromptClient`
 stands in the place of their engine client. It puts placeholders before the text of a request for a prompt and takes
-them off its answers, and lets nothing through that would reach a prompt past this door.
+them off its answers, and lets nothing through that would reach a prompt past this way.
 """
 
 from collections.abc import AsyncGenerator, Callable, Mapping

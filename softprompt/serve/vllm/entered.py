@@ -51,7 +51,7 @@ def enter(prompt: Mapping[str, Any], params: SamplingParams, version: Version, m
 
 
 def check_free(prompt: Any, params: Any) -> None:
-    """VLLMValidationError for a request that says itself what only this door says."""
+    """VLLMValidationError for a request that says itself what only this way says."""
     extra = params.extra_args if isinstance(params, SamplingParams) else None
     transfer = (extra or {}).get("kv_transfer_params")
     if transfer is not None and not isinstance(transfer, dict):

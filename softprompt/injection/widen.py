@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.doors.opening import added, within
-from softprompt.prompt import KV, spread
+from softprompt import transformers_api as api
+from softprompt.injection.scope import added
+from softprompt.prompt import spread
 
 
 def in_front(prefix: Tensor, own: Tensor, rows: Tensor | None) -> Tensor:
@@ -22,30 +23,17 @@ def before_bias(bias: Tensor, length: int, table: Any, seen: Any) -> Tensor:
     """
     if table is None:
         return bias.new_zeros(*bias.shape[:3], length)
-    return table.compute_bias(bias.shape[2], length, device=bias.device, past_seen_tokens=seen + length).to(bias)
+    return api.relative_bias(table, bias.shape[2], length, seen + length, bias.device).to(bias)
 
 
 def widen(
-    mask: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    prefix: KV,
-    window: int | None,
-    causal: bool,
-    positions: Tensor | None,
-    own: Tensor | None = None,
+    mask: Tensor | None, query: Tensor, key: Tensor, length: int, seen: Tensor | None, causal: bool
 ) -> Tensor | None:
-    """The mask `[B|1, h|1, q, t]` with columns in front for the prefix, additive; None where none is needed.
+    """The mask `[B|1, h|1, q, t]` with `length` columns in front for the prefix, additive; None where none is needed.
 
-    `own` `[B]` are the lengths of rows' prompts where they differ.
+    `seen` `[B|1, 1, q|1, p]` says which columns of the prefix a query sees (None: all).
     """
-    rows, columns, length = query.shape[2], key.shape[2], prefix.length
-    seen: Tensor | None = None
-    if window is not None and positions is not None and not prefix.always_visible:
-        seen = within(window, positions, rows, length, own)
-    if own is not None:
-        real = torch.arange(length, device=query.device) >= (length - own)[:, None, None, None]
-        seen = real if seen is None else seen & real
+    rows, columns = query.shape[2], key.shape[2]
     if mask is None and causal:
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is None and seen is None:

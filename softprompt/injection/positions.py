@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt import transformers_api as api
+
 
 def true_positions(inputs: Tensor, mask: Any, cache: Any) -> Tensor:
     """Positions `[B|1, T]` of `inputs` (`[B, T]` or `[B, T, d]`), counted from 0 at each row's first real token.
@@ -15,5 +17,5 @@ def true_positions(inputs: Tensor, mask: Any, cache: Any) -> Tensor:
     length = inputs.shape[1]
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return (mask.long().cumsum(-1) - 1).clamp_(min=0)[:, -length:]
-    start = cache.get_seq_length() if cache is not None else 0
+    start = api.seen_tokens(cache)
     return torch.arange(length, device=inputs.device)[None] + start

@@ -1,20 +1,30 @@
-"""What attention layers see while the attention door is open for a call: the prefix, its rows and what masks add."""
+"""What one thread's calls of a model see while a way into it is open: the prompt, its rows, and what masks add.
 
-from collections.abc import Iterator
+A scope belongs to the thread that entered it. What it changes in a model it changes through hooks that stay where they
+are (`watch`) and ask the scope of their own thread, so that threads share a model without knowing of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import local
+from threading import Lock, local
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from softprompt import transformers_api as api
 from softprompt.attention import Group, groups_of
-from softprompt.doors.lengths import own_lengths
 from softprompt.errors import ConfigError
+from softprompt.injection.lengths import own_lengths
 from softprompt.prompt import KV, spread
 
 _KEPT = 4  # masks of one call: one for full attention, one for windows
+
+Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 
 @dataclass
@@ -28,6 +38,7 @@ class Recording:
     sharing: dict[nn.Module, nn.Module] = field(default_factory=dict)
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     windows: list[int | None] = field(default_factory=list)
+    chunks: list[int | None] = field(default_factory=list)
     queries: list[int] = field(default_factory=list)
 
     def add(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> None:
@@ -38,21 +49,23 @@ class Recording:
         self.modules.append(module)
         self.layers.append((key, value))
         self.windows.append(window)
+        self.chunks.append(api.chunk_of(module))
         self.queries.append(query.shape[2])
 
 
 @dataclass
-class Opening:
-    """One use of the door.
+class Scope:
+    """One use of a way into a model.
 
     `pairs` has the prefixes of each attention layer that gets any: one, or one for each time that a model runs it, in
     turn (`runs` counts). `positions` are the true positions of the current queries, `[B|1, T]`, none of them greater
-    than `last` where that is known; `seen` is how many tokens an encoder-decoder's cache holds.
+    than `last` where that is known; `seen` is how many tokens an encoder-decoder's cache holds. `before` and `after`
+    are what happens at a module's calls, as torch's hooks with keyword arguments; `cache` is the cache way's stand-in.
     """
 
-    prefix: KV | None
-    pairs: dict[nn.Module, list[tuple[Tensor, Tensor]]]
-    tables: dict[nn.Module, Any]
+    prefix: KV | None = None
+    pairs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    tables: dict[nn.Module, Any] = field(default_factory=dict)
     recording: Recording | None = None
     positions: Tensor | None = None
     last: int | None = None
@@ -60,10 +73,23 @@ class Opening:
     generating: bool = False
     sharing: bool = False
     runs: dict[nn.Module, int] = field(default_factory=dict)
+    before: dict[nn.Module, list[Before]] = field(default_factory=dict)
+    after: dict[nn.Module, list[After]] = field(default_factory=dict)
+    checkpointed: Callable[..., Any] | None = None
+    cache: Any = None
+    outer: Scope | None = None
     _groups: dict[tuple[int, torch.device], tuple[Group, ...]] = field(default_factory=dict)
     _lengths: dict[tuple[int, torch.device], Tensor | None] = field(default_factory=dict)
     _masks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _far: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
+    _far: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def at(self, module: nn.Module, before: Before | None = None, after: After | None = None) -> None:
+        """Have something happen before or after a module runs in this scope."""
+        watch(module)
+        if before is not None:
+            self.before.setdefault(module, []).append(before)
+        if after is not None:
+            self.after.setdefault(module, []).append(after)
 
     def begin(self, positions: Tensor | None = None, last: int | None = None) -> None:
         """A call of the model begins, its queries at `positions`."""
@@ -129,44 +155,103 @@ class Opening:
         self._masks.append((mask, made))
         return made
 
-    def far(self, window: int | None, like: Tensor) -> Tensor | None:
-        """What hides prefix columns from queries `[B, h, T, k]` behind their window: `[B|1, 1, T, p]`, or None."""
-        if window is None or self.positions is None or self.prefix is None or self.prefix.always_visible:
+    def far(self, window: int | None, chunk: int | None, like: Tensor) -> Tensor | None:
+        """What hides prefix columns from queries `[B, h, T, k]` that see so far: `[B|1, 1, T, p]`, or None."""
+        if not self._limits(window, chunk):
             return None
-        if self.last is not None and self.last < window:
-            return None
-        tokens, device = like.shape[2], like.device
-        known = self._far.get((window, tokens, device))
-        if known is None:
-            own = self.lengths(like.shape[0], device)
-            seen = within(window, self.positions.to(device), tokens, self.prefix.length, own)
-            known = self._far[window, tokens, device] = added(seen, like.dtype)
-        return known
+        key = (window, chunk, like.shape[2], like.device)
+        if key not in self._far:
+            self._far[key] = added(self._within(window, chunk, like), like.dtype)
+        return self._far[key]
+
+    def hidden(self, window: int | None, chunk: int | None, like: Tensor) -> Tensor | None:
+        """Which prefix columns queries `[B, h, T, k]` see, `[B|1, 1, T|1, p]`: those in reach of a row's own prompt."""
+        assert self.prefix is not None
+        own, length = self.lengths(like.shape[0], like.device), self.prefix.length
+        reach = self._within(window, chunk, like) if self._limits(window, chunk) else None
+        if own is None:
+            return reach
+        real = torch.arange(length, device=like.device) >= (length - own)[:, None, None, None]
+        return real if reach is None else reach & real
+
+    def _limits(self, window: int | None, chunk: int | None) -> bool:
+        """Whether a window or chunks can hide anything of the prefix from the current queries."""
+        size = chunk if window is None else window
+        if size is None or self.positions is None or self.prefix is None or self.prefix.always_visible:
+            return False
+        return self.last is None or self.last >= size
+
+    def _within(self, window: int | None, chunk: int | None, like: Tensor) -> Tensor:
+        assert self.positions is not None and self.prefix is not None
+        own = self.lengths(like.shape[0], like.device)
+        return within(window, chunk, self.positions.to(like.device), like.shape[2], self.prefix.length, own)
 
 
 class _Here(local):
     """What a thread has open. (`torch.compile` can follow this, and not a `ContextVar`.)"""
 
-    opening: Opening | None = None
+    scope: Scope | None = None
 
 
 _HERE = _Here()
+_WATCHING = Lock()
 
 
-def current() -> Opening | None:
-    """The innermost opening of this thread."""
-    return _HERE.opening
+def current() -> Scope | None:
+    """The innermost scope of this thread."""
+    return _HERE.scope
 
 
 @contextmanager
-def entered(opening: Opening) -> Iterator[None]:
-    """Inside the block `opening` is the current one."""
-    before = _HERE.opening
-    _HERE.opening = opening
+def entered(scope: Scope) -> Iterator[None]:
+    """Inside the block `scope` is the current one."""
+    before = _HERE.scope
+    scope.outer = before
+    _HERE.scope = scope
     try:
         yield
     finally:
-        _HERE.opening = before
+        _HERE.scope = before
+
+
+def watch(module: nn.Module) -> None:
+    """Let scopes act at a module's calls, from now on. The hooks stay: one that is taken away is missed by a thread
+    that is on its way to it."""
+    if _before in module._forward_pre_hooks.values():
+        return
+    with _WATCHING:
+        if _before not in module._forward_pre_hooks.values():
+            module.register_forward_hook(_after, with_kwargs=True)
+            module.register_forward_pre_hook(_before, with_kwargs=True)
+
+
+def _acting(module: nn.Module, side: str) -> Iterable[Any]:
+    """What the scopes of this thread do at a module; an assistant that drafts may be open around the main model."""
+    scope = _HERE.scope
+    while scope is not None:
+        found = getattr(scope, side).get(module)
+        if found is not None:
+            return found
+        scope = scope.outer
+    return ()
+
+
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if _HERE.scope is None:
+        return None
+    for act in _acting(module, "before"):
+        changed = act(module, args, kwargs)
+        if changed is not None:
+            args, kwargs = changed
+    return args, kwargs
+
+
+def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    if _HERE.scope is None:
+        return output
+    for act in _acting(module, "after"):
+        output = act(module, args, kwargs, output)
+    return output
 
 
 def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -185,17 +270,23 @@ def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype).clamp(min=lowest)
 
 
-def within(window: int, positions: Tensor, tokens: int, length: int, own: Tensor | None) -> Tensor:
-    """Which of `length` prefix columns the last `tokens` queries at `positions` see through a window, `[B|1, 1, T, p]`.
+def within(
+    window: int | None, chunk: int | None, positions: Tensor, tokens: int, length: int, own: Tensor | None
+) -> Tensor:
+    """Which of `length` prefix columns the last `tokens` queries at `positions` see, `[B|1, 1, T, p]`.
 
-    A prefix key at position j is visible to a query at position i while i − j < window, as any other key is. Shorter
-    prompts, of their `own` lengths `[B]`, have their padding in front, so their first token, at position 0, stands in a
-    later column.
+    A prefix key at position j is visible to a query at position i while i − j < window, as any other key is, or while
+    both are in the same chunk. Shorter prompts, of their `own` lengths `[B]`, have their padding in front, so their
+    first token, at position 0, stands in a later column.
     """
     columns = torch.arange(length, device=positions.device)[None, None]
     if own is not None:
         columns = columns - (length - own)[:, None, None]
-    return (positions[:, -tokens:, None] - columns < window)[:, None]
+    queries = positions[:, -tokens:, None]
+    if window is not None:
+        return (queries - columns < window)[:, None]
+    assert chunk is not None
+    return (queries.div(chunk, rounding_mode="floor") == columns.clamp(min=0).div(chunk, rounding_mode="floor"))[:, None]
 
 
 def spread_rows(rows: Tensor | None, batch: int) -> Tensor | None:

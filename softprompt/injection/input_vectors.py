@@ -1,4 +1,4 @@
-"""The embedding door: vectors placed into the embedded input, and outputs brought back to the real tokens.
+"""Vectors in the model's input: placed into the embedded input, and outputs brought back to the real tokens.
 
 Rows are brought into one form – the vectors next to the row's real tokens, padding all on one side – so that padding
 changes nothing, and heads that read column 0 read a real one. `Placement.restore` undoes all of it.
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.doors.lengths import own_lengths, padded
+from softprompt.call import Call
 from softprompt.errors import ConfigError
+from softprompt.injection.lengths import own_lengths, padded
 from softprompt.prompt import Embeddings
 
 PER_TOKEN_OUTPUTS = (
@@ -19,9 +20,9 @@ PER_TOKEN_OUTPUTS = (
     *("encoder_last_hidden_state", "encoder_hidden_states", "decoder_hidden_states"),
 )
 PER_PAIR_OUTPUTS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
-COLUMN_INPUTS = ("start_positions", "end_positions")
-PER_TOKEN_INPUTS = ("inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels")
-FILLERS = {"attention_mask": 1, "token_type_ids": 0, "labels": -100}
+SPANS = ("start_positions", "end_positions")
+TYPES = "token_type_ids"
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,9 @@ class Placement:
         return value
 
 
-def embed(inputs: dict[str, Any], table: Any) -> Tensor:
-    """The embedded input `[B, T, d]`, given or looked up."""
-    embedded = inputs.get("inputs_embeds")
-    return table(inputs["input_ids"]) if embedded is None else embedded
+def embed(call: Call, table: Any) -> Tensor:
+    """The embedded rows `[B, T, d]`, given or looked up."""
+    return table(call.ids) if call.vectors is None else call.vectors
 
 
 def fill_slots(embedded: Tensor, prompt: Embeddings, slots: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def _check_slots(slots: Tensor, lengths: Tensor) -> None:
 
 
 def place(
-    inputs: dict[str, Any],
+    call: Call,
     vectors: Tensor | None,
     embedded: Tensor | None,
     *,
@@ -105,40 +105,38 @@ def place(
     padding: str = "right",
     causal: bool = True,
     position_offset: int = 0,
-) -> tuple[dict[str, Any], Placement]:
+) -> tuple[Call, Placement]:
     """Rows with `vectors` `[B, n, d]` before their real tokens (or behind the first one) and all padding on one side.
 
-    Without vectors the rows are only arranged; `embedded` `[B, T, d]` then stays what it is in `inputs`. Of a row that
+    Without vectors the rows are only arranged; `embedded` `[B, T, d]` then stays what it is in the call. Of a row that
     has fewer, as `lengths` `[B]` says, the first vectors become padding like any other. Mask, labels, types, given
     positions and spans follow. Rows with a mask that is not 2-D keep their order.
     """
-    tokens, count = _length(inputs), 0 if vectors is None else vectors.shape[1]
-    mask = inputs.get("attention_mask")
+    tokens, count = call.rows.shape[1], 0 if vectors is None else vectors.shape[1]
     empty = None if lengths is None else padded(lengths, count)
-    if empty is not None and isinstance(mask, Tensor) and mask.ndim != 2 and padding == "left":
+    if empty is not None and isinstance(call.mask, Tensor) and call.mask.ndim != 2 and padding == "left":
         raise ConfigError(
-            f"attention_mask has shape {tuple(mask.shape)}, but the rows have prompts of different lengths, which "
+            f"attention_mask has shape {tuple(call.mask.shape)}, but the rows have prompts of different lengths, which "
             "needs one of [B, T]; pass that, or call the model for each prompt's rows alone."
         )
-    plain = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == tokens
-    result = dict(inputs)
+    mask = call.flat_mask
+    plain = mask is not None and mask.shape[1] == tokens
+    result = call
     if vectors is not None:
         assert embedded is not None
-        result = _in_front(inputs, vectors, embedded, empty, causal, position_offset)
+        result = _in_front(call, vectors, embedded, empty, causal, position_offset)
     if not plain and not count:
         return result, Placement(None, tokens)
-    shape = (result["inputs_embeds"] if vectors is not None else _ids(inputs)).shape[0], tokens
-    device = _ids(result).device
-    real = mask != 0 if plain else torch.ones(shape, dtype=torch.bool, device=device)
+    shape = result.rows.shape[0], tokens
+    device = result.rows.device
+    real = mask != 0 if plain and mask is not None else torch.ones(shape, dtype=torch.bool, device=device)
     order = _order(real.to(device), count, empty, after_first, padding)
     place_of = order.argsort(dim=1)
-    if after_first and count and "position_ids" in result:
-        result["position_ids"] = _positions_after_first(inputs["position_ids"], count, empty, real)
-    result = {name: _follow_order(name, value, order) for name, value in result.items()}
-    for name in COLUMN_INPUTS:
-        if name in inputs:
-            result[name] = _follow(inputs[name], place_of[:, count:])
-    return result, Placement(place_of[:, count:], count + tokens)
+    if after_first and count and call.positions is not None:
+        result = result.but(positions=_positions_after_first(call.positions, count, empty, real))
+    result = _reordered(result, order)
+    moved = {name: _follow(call.rest[name], place_of[:, count:]) for name in SPANS if call.rest.get(name) is not None}
+    return result.plus(**moved), Placement(place_of[:, count:], count + tokens)
 
 
 def _order(real: Tensor, count: int, empty: Tensor | None, after_first: bool, padding: str) -> Tensor:
@@ -157,37 +155,41 @@ def _order(real: Tensor, count: int, empty: Tensor | None, after_first: bool, pa
 
 
 def _in_front(
-    inputs: dict[str, Any],
+    call: Call,
     vectors: Tensor,
     embedded: Tensor,
     empty: Tensor | None,
     causal: bool,
     position_offset: int,
-) -> dict[str, Any]:
+) -> Call:
     """Every input with `n` more columns in front, before any reordering; those of `empty` `[B, n]` are padding."""
     rows, tokens, count = embedded.shape[0], embedded.shape[1], vectors.shape[1]
-    result = {name: value for name, value in inputs.items() if name != "input_ids"}
-    result["inputs_embeds"] = torch.cat([vectors.to(embedded).expand(rows, -1, -1), embedded], dim=1)
-    for name, filler in FILLERS.items():
-        value = inputs.get(name)
-        if _per_token(name, value, tokens):
-            assert isinstance(value, Tensor)
-            result[name] = torch.cat([value.new_full((value.shape[0], count), filler), value], dim=1)
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        result["attention_mask"] = _widen_square(mask, count, causal)
-    positions = inputs.get("position_ids")
+    wide = torch.cat([vectors.to(embedded).expand(rows, -1, -1), embedded], dim=1)
+    mask, positions, labels, types = call.mask, call.positions, call.labels, call.rest.get(TYPES)
+    if isinstance(mask, Tensor):
+        mask = _widen_square(mask, count, causal) if mask.ndim == 4 else _wider(mask, tokens, count, 1, floats=True)
     if positions is not None:
         first, own = _virtual_positions(count, empty, positions.device)
         positions = positions.expand(max(positions.shape[0], first.shape[0]), -1)
         virtual = (first + position_offset).expand(positions.shape[0], -1)
-        result["position_ids"] = torch.cat([virtual, positions + own], dim=1)
-    return result if empty is None else {**result, "attention_mask": _without(result, empty, tokens)}
+        positions = torch.cat([virtual, positions + own], dim=1)
+    if empty is not None:
+        mask = _without(mask, empty, tokens)
+    labels = _wider(labels, tokens, count, IGNORED)
+    result = call.but(ids=None, vectors=wide, mask=mask, positions=positions, labels=labels)
+    return result if types is None else result.plus(**{TYPES: _wider(types, tokens, count, 0)})
 
 
-def _without(inputs: dict[str, Any], empty: Tensor, tokens: int) -> Tensor:
-    """The mask `[B, n+T]` or `[B, h, n+T, n+T]` of inputs with vectors in front, those of `empty` `[B, n]` hidden."""
-    mask, rows = inputs.get("attention_mask"), empty.shape[0]
+def _wider(value: Any, tokens: int, count: int, filler: int, floats: bool = False) -> Any:
+    """A per-token input `[B, T]` with `count` columns of `filler` in front; anything else as it is."""
+    if not _per_token(value, tokens, floats):
+        return value
+    return torch.cat([value.new_full((value.shape[0], count), filler), value], dim=1)
+
+
+def _without(mask: Tensor | None, empty: Tensor, tokens: int) -> Tensor:
+    """The mask `[B, n+T]` or `[B, h, n+T, n+T]` of rows with vectors in front, those of `empty` `[B, n]` hidden."""
+    rows = empty.shape[0]
     hidden = torch.cat([empty, empty.new_zeros(rows, tokens)], dim=1)
     if mask is None:
         return (~hidden).long()
@@ -215,12 +217,21 @@ def _positions_after_first(positions: Tensor, count: int, empty: Tensor | None, 
     return torch.cat([begin + virtual, positions + torch.where(first, 0, own)], dim=1)
 
 
-def _follow_order(name: str, value: Any, order: Tensor) -> Any:
-    """A per-token input in its new order; anything else as it is."""
-    width = order.shape[1]
-    if name == "attention_mask" and isinstance(value, Tensor) and value.shape[2:] == (width, width):
-        return take(take(value, order, 2), order, 3)
-    return take(value, order, 1) if _per_token(name, value, width) or name == "input_ids" else value
+def _reordered(call: Call, order: Tensor) -> Call:
+    """The per-token inputs of a call in their new order."""
+    width, mask, types = order.shape[1], call.mask, call.rest.get(TYPES)
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2:] == (width, width):
+        mask = take(take(mask, order, 2), order, 3)
+    elif _per_token(mask, width, floats=True):
+        mask = take(mask, order, 1)
+    result = call.but(
+        ids=None if call.ids is None else take(call.ids, order, 1),
+        vectors=None if call.vectors is None else take(call.vectors, order, 1),
+        mask=mask,
+        positions=take(call.positions, order, 1) if _per_token(call.positions, width) else call.positions,
+        labels=take(call.labels, order, 1) if _per_token(call.labels, width) else call.labels,
+    )
+    return result.plus(**{TYPES: take(types, order, 1)}) if _per_token(types, width) else result
 
 
 def _follow(columns: Tensor, place_of: Tensor) -> Tensor:
@@ -246,22 +257,11 @@ def _widen_square(mask: Tensor, count: int, causal: bool) -> Tensor:
     return torch.cat([top, torch.cat([left, mask], dim=-1)], dim=2)
 
 
-def _ids(inputs: dict[str, Any]) -> Tensor:
-    embedded = inputs.get("inputs_embeds")
-    return inputs["input_ids"] if embedded is None else embedded
-
-
-def _length(inputs: dict[str, Any]) -> int:
-    return _ids(inputs).shape[1]
-
-
-def _per_token(name: str, value: Any, tokens: int) -> bool:
-    """Whether an input has one entry per token; `labels` of a sequence classifier are `[B]` or `[B, C]` floats."""
-    if name not in PER_TOKEN_INPUTS or not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != tokens:
+def _per_token(value: Any, tokens: int, floats: bool = False) -> bool:
+    """Whether an input `[B, T]` has one entry per token; `labels` of a sequence classifier are `[B]`, or floats."""
+    if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[1] != tokens:
         return False
-    if name == "attention_mask" and value.ndim != 2:
-        return False
-    return name != "labels" or not value.is_floating_point()
+    return floats or not value.is_floating_point()
 
 
 def take(value: Tensor, order: Tensor, dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What stands in for the cache while the cache door is open, and the columns of keys, values and masks.
+"""What stands in for the cache while the cache way is open, and the columns of keys, values and masks.
 
 Columns are `[padding on the left, prefix, real tokens]`: ALiBi and local attention may count columns, and in this order
 a column's distance is the distance of the true positions. A shorter prompt's own padding stands in front of it, and so
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softprompt.doors.lengths import padded
-from softprompt.doors.opening import Recording
+from softprompt.injection.lengths import padded
+from softprompt.injection.scope import Recording
+from softprompt import transformers_api as api
 from softprompt.errors import UnsupportedError
 from softprompt.prompt import KV, spread
 
@@ -21,7 +22,7 @@ class PrefixedCache:
     """What the layers of one call see in place of the caller's cache `own` (None: nothing is kept).
 
     `padding` `[B|1, 1]` is how many columns stand before the prefix (None: it is first in every row). `returned` is
-    what the caller gets back as `past_key_values`. With `recording` keys and values are taken down as they come.
+    what the caller gets back for a cache. With `recording` keys and values are taken down as they come.
 
     (No dataclass: FSDP2 takes those that are given to a layer apart, and gives it copies.)
     """
@@ -92,7 +93,7 @@ class PrefixedCache:
         return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.length + count_columns(self.own, query_length, layer_idx), 0
+        return self.length + api.cache_columns(self.own, query_length, layer_idx), 0
 
     def __getattr__(self, name: str) -> Any:
         """Anything else a model asks its cache is the caller's to answer."""
@@ -102,9 +103,7 @@ class PrefixedCache:
 
     def leave(self, output: Any) -> Any:
         """The output of the model's body with the caller's cache and attention to real tokens only."""
-        fields = dict(output)
-        if "past_key_values" in fields:
-            fields["past_key_values"] = self.returned
+        fields = api.with_cache(output, self.returned)
         if fields.get("attentions") is not None:
             fields["attentions"] = tuple(self._without_prefix(each) for each in fields["attentions"])
         output = type(output)(**fields)
@@ -118,15 +117,6 @@ class PrefixedCache:
             order = order_columns(self.padding, weights.shape[-1], self.length)
             weights = weights.take_along_dim(order.argsort(dim=1)[:, None, None], dim=3)
         return weights[..., self.length :]
-
-
-def filled(cache: Any) -> bool:
-    return cache is not None and bool(cache.get_seq_length() > 0)
-
-
-def count_columns(cache: Any, tokens: int, layer_idx: int = 0) -> int:
-    """How many columns a layer attends to, besides the prefix: a static cache's unused ones are among them."""
-    return tokens if cache is None else cache.get_mask_sizes(tokens, layer_idx)[0]
 
 
 def visible_columns(mask: Tensor) -> Tensor:

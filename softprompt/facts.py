@@ -1,0 +1,362 @@
+"""What the parts of this library need to know about a base model, found by trying it: once, when it is wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from softprompt import transformers_api as api
+from softprompt.config import KVConfig, Placement
+from softprompt.elsewhere import at_hand, dispatched, embed_words, sharded, word_table
+from softprompt.errors import ConfigError, SoftPromptError, UnsupportedError
+from softprompt.injection.attention_kv import AttentionWay, is_encoder_decoder
+from softprompt.injection.cache_kv import CacheWay, fills_cache
+from softprompt.injection.contract import Limits, Way
+from softprompt.injection.scope import Recording
+from softprompt.prompt import evaluating
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Key and value shape of one attention layer, for one token; `window` is its sliding window, `chunk` the size of the
+    pieces that it cannot look out of, if any."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    window: int | None = None
+    chunk: int | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a probe forward pass found out about a base model (never read from a list of config key names).
+
+    `layers` are the self-attention layers (on encoder-decoders the decoder's; `cross_layers` and `encoder_layers` are
+    the others), `hidden_size` the width of the input embeddings, `context` the number of tokens that have a position.
+    `foldable`: a prompt in front leaves nothing but keys and values, so it can be computed once for all rows.
+    Two facts cost a trial of their own, which `loss` and `vectors` make when they are first asked for.
+    """
+
+    layers: tuple[LayerShape, ...]
+    hidden_size: int
+    query_heads: int
+    causal: bool
+    context: int | None
+    learned_positions: bool
+    position_offset: int
+    foldable: bool = True
+    encoder_decoder: bool = False
+    cross_layers: tuple[LayerShape, ...] = ()
+    encoder_layers: tuple[LayerShape, ...] = ()
+    no_prefix: str = ""
+    """Why keys and values cannot reach this model, if they cannot."""
+    loss: Callable[[], bool] = bool
+    vectors: Callable[[], str] = str
+    how: Mapping[str, str] = field(default_factory=dict)
+    """How each fact was found, by its name."""
+
+    @cached_property
+    def divides_loss(self) -> bool:
+        """Whether the model's loss is the sum over labels, divided by `num_items_in_batch` where that is given."""
+        return self.loss()
+
+    @cached_property
+    def no_vectors(self) -> str:
+        """Why vectors cannot stand in the model's input, if they cannot."""
+        return self.vectors()
+
+    def can_fold(self, placement: Placement) -> bool:
+        """Whether the model can take vectors that stand there as keys and values."""
+        return self.foldable and placement is Placement.FRONT
+
+    @property
+    def reach(self) -> int | None:
+        """How far the shortest-sighted layer sees: the least window or chunk of any."""
+        return min((size for layer in self.layers for size in (layer.window, layer.chunk) if size), default=None)
+
+    def prefix_layers(self, config: KVConfig) -> tuple[LayerShape, ...]:
+        """The attention layers a prefix reaches: decoder (or only) self-attention, cross-attention, encoder.
+
+        Raises UnsupportedError where nothing attends, ConfigError for parts the model does not have.
+        """
+        if self.no_prefix:
+            raise UnsupportedError(f"{self.no_prefix}; use prompt_tuning or p_tuning.")
+        if config.prefix_always_visible and not any(layer.window for layer in self.layers):
+            raise ConfigError(
+                "prefix_always_visible is for models with a sliding window, which no layer here that takes a prefix "
+                "has; leave it unset."
+            )
+        if not self.encoder_decoder and (config.cross_prefix or config.encoder_prefix or not config.decoder_prefix):
+            raise ConfigError(
+                "decoder_prefix, cross_prefix and encoder_prefix choose between the attentions of an encoder-decoder, "
+                "which this model is not; leave them unset."
+            )
+        return (
+            (self.layers if config.decoder_prefix else ())
+            + (self.cross_layers if config.cross_prefix else ())
+            + (self.encoder_layers if config.encoder_prefix else ())
+        )
+
+
+# ---- finding them ----------------------------------------------------------------------------------------------------
+
+
+
+def record(way: Way, inputs: dict[str, Any]) -> tuple[Recording, Tensor]:
+    """Run the model's body (no head) and take down every layer's keys and values; also its first output."""
+    recording = Recording()
+    with at_hand(way.base), way.recorded(recording):
+        output = way.base.base_model(**inputs, use_cache=False, return_dict=True)
+    return recording, output[0]
+
+
+def probed(base: PreTrainedModel) -> tuple[Way, Facts]:
+    """The way into a model, its attention or the cache of a decoder that attends in code of its own, and its facts.
+
+    UnsupportedError for a model that this version has no way into, naming what does work, or that does not run.
+    """
+    try:
+        return _probed(base)
+    except (SoftPromptError, torch.OutOfMemoryError):  # the latter says nothing about the model
+        raise
+    except Exception as error:
+        raise could_not_try(base, "two tokens", error) from error
+
+
+def could_not_try(base: PreTrainedModel, what: str, error: Exception) -> UnsupportedError:
+    """A model failed where it was tried: with what, and how."""
+    text = str(error).strip().splitlines()
+    first = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return UnsupportedError(
+        f"{type(base).__name__} fails when it is called with {what} ({first}; transformers {transformers.__version__}), "
+        "so no prompt can be tried on it; use a model that runs on input_ids alone."
+    )
+
+
+@torch.no_grad()
+def _probed(base: PreTrainedModel) -> tuple[Way, Facts]:
+    way = AttentionWay(base)
+    if way.encoder_decoder:
+        return way, _of_encoder_decoder(way)
+    with evaluating(base):
+        facts = probe(way)
+        if not facts.layers and facts.causal and fills_cache(base):
+            through_cache = CacheWay(base)
+            seen = probe(through_cache, facts)
+            if seen.layers:
+                return through_cache, seen
+    return way, facts
+
+
+def probe(way: Way, known: Facts | None = None) -> Facts:
+    """The facts of a decoder or an encoder by one forward pass over two tokens; what is `known` is not tried again."""
+    base = way.base
+    ids = plain_ids(base, 2)
+    if known is None:
+        found, causal, how = _causal(way, ids)
+    else:
+        (found, _), causal, how = record(way, {"input_ids": ids}), known.causal, known.how["causal"]
+    way.bind(found.modules, [], [])
+    way.sharing = found.sharing
+    attending = len(found.modules) + len(found.sharing)
+    foldable = causal and not api.keeps_state(base) and attending >= api.number_of_layers(base)
+    facts = _facts(way, found, causal=causal, foldable=foldable, no_prefix=_no_prefix(base, found, causal))
+    _check_positions(way, facts)
+    return _with(facts, causal=how, foldable="every layer attends, and none keeps a state" if foldable else "")
+
+
+def _with(facts: Facts, **how: str) -> Facts:
+    return replace(facts, how={**facts.how, **how})
+
+
+def _causal(way: Way, ids: Tensor) -> tuple[Recording, bool, str]:
+    """What the layers attend to, whether a token's state depends on none that follows it, and how that was found.
+
+    By the gradient, which is exactly zero there: numbers may differ a little where a batch is rounded together.
+    """
+    base, words = way.base, way.base.get_input_embeddings()
+    own = not sharded(base) and not dispatched(base) and not any(each.is_inference() for each in base.parameters())
+    entered: list[Tensor] = []
+
+    def watch(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        entered.append(output.detach().requires_grad_(output.is_floating_point()))
+        return entered[-1]
+
+    if own and isinstance(words, nn.Module):
+        handle = words.register_forward_hook(watch)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                found, hidden = record(way, {"input_ids": ids})
+                causal = _by_gradient(hidden, entered)
+        finally:
+            handle.remove()
+        found = replace(found, layers=[(key.detach(), value.detach()) for key, value in found.layers])
+        if causal is not None:
+            return found, causal, f"gradient of the first state to the second token: {'' if causal else 'not '}0"
+    else:
+        found, _ = record(way, {"input_ids": ids})
+    way.bind(found.modules, [], [])
+    _, hidden = record(way, {"input_ids": ids})
+    _, other = record(way, {"input_ids": ids[:, [0, 0]]})
+    causal = _same(hidden[0, 0], other[0, 0])
+    return found, causal, f"first state with another second token: {'' if causal else 'not '}the same"
+
+
+def _by_gradient(hidden: Tensor, entered: list[Tensor]) -> bool | None:
+    """Whether the first of two states `[1, 2, d]` is differentiable by its own token alone, of what `entered` the
+    model; None where it is by neither."""
+    if not hidden.requires_grad or len(entered) != 1 or entered[0].ndim != 3:
+        return None
+    state = hidden[0, 0].float()
+    along = torch.arange(len(state), device=state.device).mul(1.7).cos()  # no direction that a norm fixes
+    (gradient,) = torch.autograd.grad(state @ along, entered[0], allow_unused=True)
+    if gradient is None or not bool(gradient[0, 0].any()):
+        return None
+    return not bool(gradient[0, 1].any())
+
+
+def _of_encoder_decoder(way: AttentionWay) -> Facts:
+    """Two source tokens and three target tokens tell the three kinds of attention apart."""
+    base = way.base
+    ids = plain_ids(base, 2)
+    with evaluating(base):
+        found, _ = record(way, {"input_ids": ids, "decoder_input_ids": ids[:, [0, 1, 0]]})
+    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for number, (queries, (key, _)) in enumerate(zip(found.queries, found.layers, strict=True)):
+        parts[2 if queries == 2 else 1 if key.shape[2] == 2 else 0].append(number)
+    own, cross, encoder = parts
+    way.bind(*([found.modules[number] for number in part] for part in parts))
+    reason = "" if own and encoder else _no_interface(base)
+    facts = _facts(way, found, causal=False, foldable=False, encoder_decoder=True, no_prefix=reason)
+    shapes = facts.layers
+    return _with(
+        replace(
+            facts,
+            layers=tuple(shapes[n] for n in own),
+            cross_layers=tuple(shapes[n] for n in cross),
+            encoder_layers=tuple(shapes[n] for n in encoder),
+        ),
+        encoder_decoder="its config says so, and its forward takes decoder_input_ids",
+    )
+
+
+def _facts(way: Way, found: Recording, **facts: Any) -> Facts:
+    """What every kind of model has; also tells the way where positions end."""
+    base = way.base
+    table, fixed = api.position_table(base), api.fixed_positions(api.own(base))
+    offset = 0 if table is None or table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from there
+    said = api.context_length(base)
+    context = fixed if said is None else said - offset
+    way.limits = Limits(offset, context if table is not None else fixed)
+    layers = zip(found.layers, found.windows, found.chunks, strict=True)
+    return Facts(
+        layers=tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3], window, chunk) for (k, v), window, chunk in layers),
+        hidden_size=word_table(base).shape[1],  # ELECTRA's embeddings, say, are narrower than its layers
+        query_heads=api.query_heads(base),
+        context=context,
+        learned_positions=table is not None,
+        position_offset=offset,
+        loss=partial(_divides_loss, base) if facts["causal"] or facts.get("encoder_decoder") else bool,
+        vectors=partial(refuses_vectors, base),
+        how={
+            "layers": f"what each attended to in one forward pass, through its {way.name}",
+            "hidden_size": "the table of word embeddings",
+            "context": "the config" if said is not None else "a fixed table of positions" if fixed else "no end found",
+            "learned_positions": "an embedding for positions" if table is not None else "no embedding for positions",
+        },
+        **facts,
+    )
+
+
+def _no_interface(base: PreTrainedModel) -> str:
+    return f"{type(base).__name__} does not attend through transformers' AttentionInterface"
+
+
+def _no_prefix(base: PreTrainedModel, found: Recording, causal: bool) -> str:
+    """Why no keys and values can be put before this model's own."""
+    if found.modules:
+        return ""
+    if causal and api.keeps_state(base):
+        return f"{type(base).__name__} has a state instead of attention, so keys and values cannot reach it"
+    return _no_interface(base)
+
+
+@torch.no_grad()
+def refuses_vectors(base: PreTrainedModel) -> str:
+    """Why no vectors can stand in this model's input: Gemma 4's smaller ones look the ids up again in every layer."""
+    body = api.own(base)
+    if not api.takes(body.forward, "inputs_embeds"):
+        return f"{type(base).__name__} takes no vectors in place of words"
+    vectors = 1.5 * embed_words(base.get_input_embeddings(), plain_ids(base, 2))  # no words
+    inputs: dict[str, Any] = {"inputs_embeds": vectors}
+    if is_encoder_decoder(base):
+        inputs["decoder_input_ids"] = plain_ids(base, 2)
+    try:
+        with evaluating(base), at_hand(base):
+            body(**inputs, use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the model's own refusal, which is the reason that a prompt in its input is refused
+        first = (str(error).strip().splitlines() or [""])[0]
+        return f"{type(base).__name__} takes no vectors in place of words ({type(error).__name__}: {first})"
+    return ""
+
+
+@torch.no_grad()
+def _divides_loss(base: PreTrainedModel) -> bool:
+    """Whether a language model's loss is what transformers' Trainer asks for; a loss of its own may be anything.
+
+    What else it adds, as a mixture of experts does, is the same whatever the labels are divided by.
+    """
+    if base.get_output_embeddings() is None or not api.takes_option(base.forward, "num_items_in_batch"):
+        return False
+    ids = plain_ids(base, 2)
+    shift = 0 if base.config.is_encoder_decoder else 1  # what stands for a token predicts it there, not the next one
+    first: Tensor | None = None
+    for items in (4, 8):
+        with evaluating(base), at_hand(base):
+            output = base(input_ids=ids, labels=ids, num_items_in_batch=items, use_cache=False, return_dict=True)
+        total = cross_entropy(output.logits[0, : 2 - shift].float(), ids[0, shift:], reduction="sum")
+        beyond = output.loss - total / 4 if first is None else first - output.loss - total / 8
+        if bool(beyond.abs() <= 1e-3 * total):
+            return True
+        first = output.loss
+    return False
+
+
+def _check_positions(way: Way, facts: Facts) -> None:
+    """UnsupportedError where positions that follow the prompt are not all that it changes in a decoder."""
+    kind = type(way.base).__name__
+    if isinstance(way, AttentionWay) and facts.causal and facts.layers and not way.takes_positions:
+        raise UnsupportedError(
+            f"{kind}.forward takes no position_ids, so real tokens cannot be moved behind a prompt; use a model that "
+            "takes them, such as gpt2, llama, mistral, qwen, gemma, opt or gpt_neox."
+        )
+
+
+def _same(first: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding: experts, say, may put the same token through kernels of another batch size."""
+    tolerance = 1e-4 if first.dtype in (torch.float32, torch.float64) else 2e-2
+    return bool((first - other).float().norm() <= tolerance * first.float().norm())
+
+
+def plain_ids(base: PreTrainedModel, count: int) -> Tensor:
+    """Token ids `[1, count]` that differ as far as there are so many, none of which the model's config names."""
+    words, special = word_table(base), api.special_ids(base)
+    size = words.shape[0]
+    plain = [token for token in range(min(size, 64 + len(special))) if token not in special][:count]
+    if not plain:
+        raise UnsupportedError(
+            f"all {size} tokens of {type(base).__name__} are special ones in its config, so no prompt can be tried."
+        )
+    ids = (plain * count)[:count]
+    return torch.tensor([ids], device=words.device)
