@@ -1,8 +1,8 @@
 """The plain formulation of every prompt, one row at a time, without padding: what everything is compared with.
 
 An embedding prompt is concatenated in front of the embedded row (of the encoder's input on encoder-decoders); a KV
-prefix is put into the `past_key_values` of the decoder, or, on encoders, concatenated to keys and values in an
-attention function written out by hand. Everything else is the base model with its own defaults.
+prefix is put into the cache of the decoder, or, on encoders, concatenated to keys and values in an attention function
+written out by hand. Everything else is the base model with its own defaults, called by keyword.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import hf_cache
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -83,7 +84,8 @@ def _both_ways(base: PreTrainedModel) -> bool:
     """Whether the first token's state depends on the second token."""
     training = base.training
     base.eval()  # dropout would make them differ as well
-    states = [base.base_model(input_ids=torch.tensor([pair]))[0][0, 0] for pair in ((5, 6), (5, 7))]
+    outputs = [base.base_model(input_ids=torch.tensor([pair]), return_dict=True) for pair in ((5, 6), (5, 7))]
+    states = [output.last_hidden_state[0, 0] for output in outputs]
     base.train(training)
     return not torch.allclose(*states, atol=1e-4)
 
@@ -91,18 +93,18 @@ def _both_ways(base: PreTrainedModel) -> bool:
 @contextmanager
 def prefilled(base: PreTrainedModel, prefix: KV) -> Iterator[None]:
     """Every call of the (first) decoder gets a cache that holds the prefix."""
-    both = base.config.is_encoder_decoder
+    both, decoder = base.config.is_encoder_decoder, base.get_decoder()
 
     def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         cache: Any = in_cache(base, prefix)
         if both:
-            return args, {**kwargs, "past_key_values": EncoderDecoderCache(cache, DynamicCache())}
+            return args, {**kwargs, **hf_cache.given(decoder, EncoderDecoderCache(cache, DynamicCache()))}
         given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         length = next(each.shape[1] for each in given if each is not None)
         seen = torch.ones(1, prefix.length + length, dtype=torch.long)
-        return args, {**kwargs, "past_key_values": cache, "attention_mask": seen}
+        return args, {**kwargs, **hf_cache.given(decoder, cache), "attention_mask": seen}
 
-    handle = base.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+    handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
@@ -154,16 +156,18 @@ def by_hand(base: PreTrainedModel, calls: Calls, shift: int = 0) -> Iterator[Non
         return args, {**kwargs, "position_ids": first + torch.arange(kwargs["input_ids"].shape[1])[None]}
 
     AttentionInterface.register("naive", attend)
-    configs = {id(part.config): part.config for part in base.modules() if isinstance(part, PreTrainedModel)}.values()
-    handle, before = base.register_forward_pre_hook(begin, with_kwargs=True), base.config._attn_implementation
-    for config in configs:
-        config._attn_implementation_internal = "naive"
+    # a part with a config of its own keeps its own setting; not every version reaches all of them from the whole model
+    parts = {id(part.config): part for part in base.modules() if isinstance(part, PreTrainedModel)}.values()
+    before = [part.config._attn_implementation for part in parts]
+    handle = base.register_forward_pre_hook(begin, with_kwargs=True)
+    for part in parts:
+        part.set_attn_implementation("naive")
     try:
         yield
     finally:
         handle.remove()
-        for config in configs:
-            config._attn_implementation_internal = before
+        for part, own in zip(parts, before, strict=True):
+            part.set_attn_implementation(own)
 
 
 def _wider(base: PreTrainedModel, bias: Tensor, length: int) -> Tensor:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import hf_cache
 import naive
 import pytest
 import tiny
@@ -72,7 +73,7 @@ def test_positions_that_leave_a_gap(method: str, labelled: bool) -> None:
     more = {"labels": ids} if labelled else {}
     base, prompt = model.get_base_model(), model.encoder().prompt()
     if method == "prefix":
-        expected = base(input_ids=ids, position_ids=positions + 6, past_key_values=prompt.to_cache()).logits
+        expected = base(input_ids=ids, position_ids=positions + 6, **hf_cache.given(base, prompt.to_cache())).logits
     else:
         embedded = torch.cat([prompt.vectors, base.get_input_embeddings()(ids)], dim=1)
         everywhere = torch.cat([torch.arange(6)[None], positions + 6], dim=1)
@@ -117,7 +118,7 @@ def test_four_dimensional_masks(backend: str, method: str, kind: str, labelled: 
     whole = {"position_ids": torch.arange(12)[None], "attention_mask": _as(kind, visible)}
     if method == "prefix":
         rest = {"position_ids": torch.arange(6, 12)[None], "attention_mask": _as(kind, visible[6:])}
-        expected = base(input_ids=ids, past_key_values=prompt.to_cache(), **rest).logits
+        expected = base(input_ids=ids, **hf_cache.given(base, prompt.to_cache()), **rest).logits
     else:
         embedded = torch.cat([prompt.vectors, base.get_input_embeddings()(ids)], dim=1)
         expected = base(inputs_embeds=embedded, **whole).logits[:, 6:]
@@ -168,11 +169,13 @@ def test_decoding_by_hand_with_a_cache(family: str, method: str, side: str) -> N
     everything = torch.cat([batch["input_ids"], more], dim=1)
     expected = model(input_ids=everything, attention_mask=mask, use_cache=False).logits
     cache = DynamicCache(config=model.get_base_model().config)
-    model(**batch, past_key_values=cache)
+    model(**batch, **hf_cache.given(model, cache))
     assert cache.get_seq_length() == batch["input_ids"].shape[1]  # real tokens only
     width, steps = batch["input_ids"].shape[1], []
     for start, stop in ((0, 2), (2, 3), (3, 4)):
-        out = model(input_ids=more[:, start:stop], attention_mask=mask[:, : width + stop], past_key_values=cache)
+        out = model(
+            input_ids=more[:, start:stop], attention_mask=mask[:, : width + stop], **hf_cache.given(model, cache)
+        )
         steps.append(out.logits)
     close(torch.cat(steps, dim=1), expected[:, width:])
 
@@ -181,7 +184,7 @@ def test_decoding_by_hand_with_a_cache(family: str, method: str, side: str) -> N
 def test_a_cache_without_a_mask(method: str) -> None:
     model, ids = make("gpt2", method), ids_of(9)
     first = model(input_ids=ids[:, :5], use_cache=True)
-    second = model(input_ids=ids[:, 5:], past_key_values=first.past_key_values)
+    second = model(input_ids=ids[:, 5:], **hf_cache.given(model, hf_cache.of(first)))
     close(torch.cat([first.logits, second.logits], dim=1), naive.logits(model, ids)[0])
 
 
@@ -191,7 +194,7 @@ def test_a_cache_without_a_mask(method: str) -> None:
 def test_a_static_cache(family: str, method: str, backend: str) -> None:
     model, ids = make(family, method, attn_implementation=backend), ids_of(9)
     cache = StaticCache(config=model.get_base_model().config, max_cache_len=20)
-    outputs = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([5, 3, 1], dim=1)]
+    outputs = [model(input_ids=part, **hf_cache.given(model, cache)).logits for part in ids.split([5, 3, 1], dim=1)]
     close(torch.cat(outputs, dim=1), naive.logits(model, ids)[0])
 
 
@@ -199,9 +202,9 @@ def test_a_static_cache(family: str, method: str, backend: str) -> None:
 def test_labels_and_a_cache_together(method: str) -> None:
     """The rows stay as they are when every token has a label, so the cache they fill can be gone on from."""
     model, ids, cache = make("gpt2", method), ids_of(6), DynamicCache()
-    first = model(input_ids=ids[:, :4], labels=ids[:, :4], past_key_values=cache)
+    first = model(input_ids=ids[:, :4], labels=ids[:, :4], **hf_cache.given(model, cache))
     torch.testing.assert_close(first.loss, model(input_ids=ids[:, :4], labels=ids[:, :4]).loss)
-    rest = model(input_ids=ids[:, 4:], past_key_values=first.past_key_values)
+    rest = model(input_ids=ids[:, 4:], **hf_cache.given(model, hf_cache.of(first)))
     close(torch.cat([first.logits, rest.logits], dim=1), naive.logits(model, ids)[0])
 
 
@@ -219,7 +222,7 @@ def test_windows_while_decoding_with_a_cache(method: str) -> None:
     steps = []
     for start, stop in ((0, 7), (7, 8), (8, 11), (11, 12)):
         ids, mask = batch["input_ids"][:, start:stop], batch["attention_mask"][:, :stop]
-        steps.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits)
+        steps.append(model(input_ids=ids, attention_mask=mask, **hf_cache.given(model, cache)).logits)
     real = batch["attention_mask"].bool()
     close(torch.cat(steps, dim=1)[real], expected[real])
 

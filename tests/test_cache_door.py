@@ -4,6 +4,7 @@ from typing import Any
 
 import families
 import families_cache
+import hf_cache
 import naive
 import pytest
 import tiny
@@ -120,7 +121,7 @@ def test_four_dimensional_masks(family: str, method: str, kind: str) -> None:
     cache = naive.in_cache(base, model.fold())
     seen = torch.cat([torch.ones(6, 6, dtype=torch.bool), mask], dim=1)
     positions = {"position_ids": torch.arange(6, 12)[None]} if family in WITH_POSITIONS else {}
-    expected = base(input_ids=ids, attention_mask=_as("float", seen), past_key_values=cache, **positions).logits
+    expected = base(input_ids=ids, attention_mask=_as("float", seen), **hf_cache.given(base, cache), **positions).logits
     close(out, expected)
     assert not torch.allclose(out, model(input_ids=ids).logits, atol=1e-3)  # the mask does something
 
@@ -303,13 +304,15 @@ def test_decoding_by_hand_with_a_cache(family: str, method: str, side: str) -> N
     cache = DynamicCache(config=model.get_base_model().config)
     with torch.no_grad():
         expected = model(input_ids=everything, attention_mask=mask, use_cache=False).logits
-        out = model(**batch, past_key_values=cache)
-        assert out.past_key_values is cache
+        out = model(**batch, **hf_cache.given(model, cache))
+        assert hf_cache.of(out) is cache
         assert cache.get_seq_length() == batch["input_ids"].shape[1]  # real tokens only
         width, steps = batch["input_ids"].shape[1], []
         for start, stop in ((0, 2), (2, 3), (3, 4)):
             seen = mask[:, : width + stop]
-            steps.append(model(input_ids=more[:, start:stop], attention_mask=seen, past_key_values=cache).logits)
+            steps.append(
+                model(input_ids=more[:, start:stop], attention_mask=seen, **hf_cache.given(model, cache)).logits
+            )
     close(torch.cat(steps, dim=1), expected[:, width:])
     each_row_alone(model, {"input_ids": everything, "attention_mask": mask}, expected)
 
@@ -319,7 +322,7 @@ def test_decoding_by_hand_with_a_cache(family: str, method: str, side: str) -> N
 def test_a_cache_without_a_mask(family: str, method: str) -> None:
     model, ids = make(family, method), ids_of(9)
     first = model(input_ids=ids[:, :5], use_cache=True)
-    second = model(input_ids=ids[:, 5:], past_key_values=first.past_key_values)
+    second = model(input_ids=ids[:, 5:], **hf_cache.given(model, hf_cache.of(first)))
     close(torch.cat([first.logits, second.logits], dim=1), naive.logits(model, ids)[0])
 
 
@@ -329,12 +332,12 @@ def test_a_static_cache(family: str, method: str) -> None:
     model, ids = make(family, method), ids_of(9)
     base = model.get_base_model()
     try:
-        base(input_ids=ids, past_key_values=StaticCache(config=base.config, max_cache_len=20))
+        base(input_ids=ids, **hf_cache.given(base, StaticCache(config=base.config, max_cache_len=20)))
     except RuntimeError as error:
         pytest.skip(f"this version's {family} itself takes no static cache without a mask: {error}")
     cache = StaticCache(config=base.config, max_cache_len=20)
     with torch.no_grad():
-        outputs = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([5, 3, 1], dim=1)]
+        outputs = [model(input_ids=part, **hf_cache.given(model, cache)).logits for part in ids.split([5, 3, 1], dim=1)]
     close(torch.cat(outputs, dim=1), naive.logits(model, ids)[0])
 
 
@@ -366,6 +369,6 @@ def test_every_way_of_decoding_gives_the_same_tokens(family: str, method: str) -
     one = {"input_ids": batch["input_ids"][1:2], "attention_mask": batch["attention_mask"][1:2]}  # has no padding
     assert torch.equal(model.generate(**one, **OPTIONS, prompt_lookup_num_tokens=2), expected[1:2])
     cache = DynamicCache(config=model.get_base_model().config)
-    model(input_ids=one["input_ids"][:, :-2], past_key_values=cache)  # prefilled by the caller
-    assert torch.equal(model.generate(**one, **OPTIONS, past_key_values=cache), expected[1:2])
+    model(input_ids=one["input_ids"][:, :-2], **hf_cache.given(model, cache))  # prefilled by the caller
+    assert torch.equal(model.generate(**one, **OPTIONS, **hf_cache.given(model, cache)), expected[1:2])
     assert cache.get_seq_length() == one["input_ids"].shape[1] + 5

@@ -8,6 +8,7 @@ from typing import Any
 
 import families
 import families_cache
+import hf_cache
 import naive
 import pytest
 import tiny
@@ -89,11 +90,11 @@ def test_checkpointing_every_other_layer() -> None:
 
 def test_a_filled_cache_under_checkpointing_is_refused() -> None:
     model, ids = make("bloom", "prefix"), ids_of(5)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    cache = hf_cache.of(model(input_ids=ids, use_cache=True))
     _checkpoint(model, reentrant=False)
     model.train()
     with pytest.raises(ConfigError, match="gradient checkpointing"):
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **hf_cache.given(model, cache))
 
 
 # ---- the base model is as it was ---------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def test_what_is_recorded_is_what_a_cache_would_hold(family: str) -> None:
     """Shapes come from what goes through the cache: one head for multi-query, all of them for Falcon's groups."""
     base, ids = families.build(family, "CAUSAL_LM"), ids_of(4)
     cache, recording = DynamicCache(config=base.config), Recording()
-    base(input_ids=ids, past_key_values=cache)
+    base(input_ids=ids, **hf_cache.given(base, cache))
     with CacheDoor(base).open(None, recording):
         base.base_model(input_ids=ids, use_cache=False)
     for layer, (key, value), module in zip(cache.layers, recording.layers, recording.modules, strict=True):

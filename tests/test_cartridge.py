@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import hf_cache
 import peft
 import pytest
 import tiny
@@ -226,7 +227,9 @@ def test_keys_without_positions_stay_as_they_are(family: str) -> None:
     model.encoder().start_from(composed.flat())
     with torch.no_grad():
         out = base(
-            input_ids=ids, attention_mask=torch.ones(1, 16, dtype=torch.long), past_key_values=composed.to_cache()
+            input_ids=ids,
+            attention_mask=torch.ones(1, 16, dtype=torch.long),
+            **hf_cache.given(base, composed.to_cache()),
         )
         torch.testing.assert_close(model(input_ids=ids).logits, out.logits, rtol=0, atol=1e-5)
 

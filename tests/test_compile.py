@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hf_cache
 import pytest
 import tiny
 import torch
@@ -101,12 +102,12 @@ def check_decoding(model: SoftPromptModel, backend: str, more: dict[str, Tensor]
     for name, call in (("eager", model), ("compiled", compiled)):
         cache = StaticCache(config=model.get_base_model().config, max_cache_len=room)
         seen = torch.nn.functional.pad(mask, (0, room - width))
-        found = [model(**batch, past_key_values=cache, use_cache=True, **more).logits[:, -1:]]
+        found = [model(**batch, **hf_cache.given(model, cache), use_cache=True, **more).logits[:, -1:]]
         for place in range(width, width + 5):
             seen[:, place] = 1
             token, positions = found[-1].argmax(-1), seen.sum(1, keepdim=True) - 1
             inputs = {"input_ids": token, "attention_mask": seen, "position_ids": positions}
-            found.append(call(**inputs, past_key_values=cache, use_cache=True, **more).logits)
+            found.append(call(**inputs, **hf_cache.given(model, cache), use_cache=True, **more).logits)
         logits[name] = torch.cat(found, dim=1)
     torch.testing.assert_close(logits["compiled"], logits["eager"], atol=1e-5, rtol=1e-4)
     whole = {"input_ids": ids, "attention_mask": mask}

@@ -6,6 +6,7 @@ prefilled cache (what PEFT does); prefixes of the other attentions in an attenti
 
 from typing import Any
 
+import hf_cache
 import pytest
 import tiny
 import torch
@@ -49,7 +50,7 @@ def naive_logits(model: SoftPromptModel, source: Tensor, target: Tensor) -> Tens
     for index, (key, value) in enumerate(prompt.layers):
         own.update(key, value, index)
     cache = EncoderDecoderCache(own, DynamicCache())
-    return base(input_ids=source, decoder_input_ids=target, past_key_values=cache).logits
+    return base(input_ids=source, decoder_input_ids=target, **hf_cache.given(base, cache)).logits
 
 
 def batch_of(side: str) -> tuple[dict[str, Tensor], Tensor]:

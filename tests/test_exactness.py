@@ -1,6 +1,7 @@
 """Outputs, losses, gradients and generated tokens equal the plain formulation, whatever the padding."""
 
 import families
+import hf_cache
 import naive
 import pytest
 import tiny
@@ -119,4 +120,4 @@ def naive_windowed(model: SoftPromptModel, row: torch.Tensor) -> torch.Tensor:
     distance = positions[0][:, None] - torch.arange(length + row.shape[1])
     visible = (distance >= 0) & (distance < base.config.sliding_window)
     mask = torch.zeros(1, 1, *visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-    return base(input_ids=row, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    return base(input_ids=row, attention_mask=mask, position_ids=positions, **hf_cache.given(base, cache)).logits

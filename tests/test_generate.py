@@ -8,6 +8,7 @@ from collections.abc import Callable
 from threading import Thread
 from typing import Any
 
+import hf_cache
 import naive
 import pytest
 import tiny
@@ -64,7 +65,9 @@ def reference(model: SoftPromptModel, ids: Tensor, **options: Any) -> Tensor:
         cache.update(key.expand(rows, -1, -1, -1).clone(), value.expand(rows, -1, -1, -1).clone(), index)
     stand_in = torch.full((ids.shape[0], COUNT), tiny.PAD)
     whole = torch.cat([stand_in, ids], dim=1)
-    out = base.generate(input_ids=whole, attention_mask=torch.ones_like(whole), past_key_values=cache, **options)
+    out = base.generate(
+        input_ids=whole, attention_mask=torch.ones_like(whole), **hf_cache.given(base, cache), **options
+    )
     return out[:, whole.shape[1] :]
 
 
@@ -164,10 +167,10 @@ def test_an_assistant_drafts(method: str) -> None:
 def test_a_second_turn_on_the_same_cache(family: str, method: str, backend: str) -> None:
     model, ids = make(family, method, attn_implementation=backend), ids_of()
     first = ours(model, ids, return_dict_in_generate=True)
-    assert first.past_key_values.get_seq_length() == ids.shape[1] + NEW - 1  # real tokens only
+    assert hf_cache.of(first).get_seq_length() == ids.shape[1] + NEW - 1  # real tokens only
     more = torch.cat([first.sequences, ids_of(4)], dim=1)
     expected = ours(model, more)
-    assert torch.equal(ours(model, more, past_key_values=first.past_key_values), expected)
+    assert torch.equal(ours(model, more, **hf_cache.given(model, hf_cache.of(first))), expected)
 
 
 @pytest.mark.parametrize("method", TWO_KINDS)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hf_cache
 import pytest
 import tiny
 import torch
@@ -128,7 +129,7 @@ def test_without_a_template_a_chat_is_the_text() -> None:
 @pytest.mark.parametrize("as_pairs", [False, True])
 def test_from_a_cache(as_pairs: bool) -> None:
     base = tiny.build("llama")
-    cache: Any = base(input_ids=text_ids(30), use_cache=True).past_key_values
+    cache: Any = hf_cache.of(base(input_ids=text_ids(30), use_cache=True))
     if as_pairs:
         cache = tuple((layer.keys, layer.values) for layer in cache.layers)
     model = prefixed(base)
@@ -141,7 +142,7 @@ def test_from_a_cache(as_pairs: bool) -> None:
 def test_from_a_static_cache_only_what_it_has_seen() -> None:
     base = tiny.build("llama")
     cache = StaticCache(config=base.config, max_cache_len=40)
-    base(input_ids=text_ids(22), past_key_values=cache)
+    base(input_ids=text_ids(22), **hf_cache.given(base, cache))
     model = prefixed(base)
     initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
     assert_as_in_context(model.eval(), text_ids())
@@ -152,14 +153,14 @@ def test_from_a_static_cache_only_what_it_has_seen() -> None:
 def test_a_sliding_cache_that_has_dropped_the_first_tokens_is_refused() -> None:
     base = tiny.build("mistral", sliding_window=24)
     with torch.no_grad():
-        cache = base(input_ids=text_ids(30), use_cache=True).past_key_values
+        cache = hf_cache.of(base(input_ids=text_ids(30), use_cache=True))
     with pytest.raises(ConfigError, match=r"last 23 of 30 tokens"):
         initialize_kv_prefix_from_past_key_values(prefixed(base), past_key_values=cache)
 
 
 def test_another_number_of_tokens_than_the_prefix_has() -> None:
     base, model = tiny.build("llama"), prefixed(tiny.build("llama"))
-    cache = base(input_ids=text_ids(30)).past_key_values
+    cache = hf_cache.of(base(input_ids=text_ids(30)))
     before = model.encoder().saved_vectors()
     with pytest.raises(ConfigError, match=r"\(10, 64\).*\(20, 64\)"):
         initialize_kv_prefix_from_past_key_values(model, past_key_values=cache, num_virtual_tokens=10)
@@ -263,7 +264,7 @@ def test_a_folded_prompt_serves_the_plain_model(family: str, method: Any, tmp_pa
             input_ids=ids,
             attention_mask=torch.ones(3, 14, dtype=torch.long),
             position_ids=torch.arange(6, 14)[None],
-            past_key_values=again.to_cache(3),
+            **hf_cache.given(base, again.to_cache(3)),
         ).logits
         torch.testing.assert_close(out, model(input_ids=ids).logits, rtol=0, atol=1e-5)
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hf_cache
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -101,7 +102,7 @@ def test_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_lm_eval_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness's log-likelihoods are those of the plain formulation, a prefix in `past_key_values`."""
+    """The harness's log-likelihoods are those of the plain formulation, a prefix in the cache."""
     pytest.importorskip("lm_eval")
     found = ran("lm_eval_task.py", tmp_path, 2, monkeypatch)
     samples = found["found"]["samples"]["cards"]
@@ -140,6 +141,6 @@ def generated(model: SoftPromptModel, tokenizer: Any, text: str) -> str:
 @torch.no_grad()
 def likelihood(base: Any, prefix: KV, asked: Tensor, answer: Tensor) -> float:
     ids = torch.cat([asked, answer], dim=1)
-    scores = base(input_ids=ids, past_key_values=prefix.to_cache()).logits.log_softmax(-1)
+    scores = base(input_ids=ids, **hf_cache.given(base, prefix.to_cache())).logits.log_softmax(-1)
     found = scores[0, asked.shape[1] - 1 : -1].gather(-1, answer[0, :, None])
     return float(found.sum())

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import hf_cache
 import pytest
 import tiny
 import torch
@@ -64,7 +65,9 @@ def naive(model: SoftPromptModel, inputs: dict[str, Tensor]) -> Tensor:
         )
     mask = torch.ones(1, 3 + ids.shape[1], dtype=torch.long)
     pixels = {name: value for name, value in inputs.items() if name not in ("attention_mask", "input_ids")}
-    return base(input_ids=ids, attention_mask=mask, position_ids=positions + 3, past_key_values=cache, **pixels).logits
+    return base(
+        input_ids=ids, attention_mask=mask, position_ids=positions + 3, **hf_cache.given(base, cache), **pixels
+    ).logits
 
 
 @pytest.mark.parametrize("method", CONFIGS)

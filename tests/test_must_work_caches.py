@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hf_cache
 import naive
 import pytest
 import tiny
@@ -131,13 +132,16 @@ def test_a_quantised_cache_rounds_real_tokens_and_not_the_prompt(family: str, me
     cache, exact = rounding(kind, model), DynamicCache()
     seen, apart = COUNT, 0.0
     for part in parts:
-        got = model(input_ids=part, past_key_values=cache, use_cache=True).logits
+        got = model(input_ids=part, **hf_cache.given(model, cache), use_cache=True).logits
         seen += part.shape[1]
         expected = model.get_base_model()(
-            input_ids=part, past_key_values=plain_cache, attention_mask=torch.ones(1, seen), use_cache=True
+            input_ids=part,
+            **hf_cache.given(model.get_base_model(), plain_cache),
+            attention_mask=torch.ones(1, seen),
+            use_cache=True,
         ).logits
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-        unrounded = model(input_ids=part, past_key_values=exact, use_cache=True).logits
+        unrounded = model(input_ids=part, **hf_cache.given(model, exact), use_cache=True).logits
         apart = max(apart, (got - unrounded).abs().max().item())
     assert apart > 1e-4  # the cache does round
 
@@ -187,7 +191,7 @@ def test_generate_on_a_cache_that_the_user_brings(family: str, method: str, kind
     expected = plain(model, ids)
     cache = own_cache(kind, model)
     device = model.get_base_model().device
-    out = ours(model, ids.to(device), past_key_values=cache)
+    out = ours(model, ids.to(device), **hf_cache.given(model, cache))
     assert torch.equal(out.cpu(), expected)
     written = NEW if model.geometry.encoder_decoder else ids.shape[1] + NEW - 1
     assert int(cache.get_seq_length()) == written  # real tokens only
@@ -210,12 +214,12 @@ def test_a_loop_by_hand_on_a_padded_batch(family: str, method: str, kind: str) -
     room = 24 if (family, kind) == ("bloom", "static") else None  # it reads the width of its ALiBi from the mask
     mask = mask if room is None else torch.nn.functional.pad(mask, (0, room - mask.shape[1]))
     first = mask[:, : room or width].to(device)
-    model(input_ids=batch["input_ids"].to(device), attention_mask=first, past_key_values=cache, use_cache=True)
+    model(input_ids=batch["input_ids"].to(device), attention_mask=first, **hf_cache.given(model, cache), use_cache=True)
     for start, stop in ((0, 2), (2, 3), (3, 4)):
         step = model(
             input_ids=more[:, start:stop].to(device),
             attention_mask=mask[:, : room or width + stop].to(device),
-            past_key_values=cache,
+            **hf_cache.given(model, cache),
             use_cache=True,
         )
         steps.append(step.logits.cpu())
@@ -234,7 +238,9 @@ def test_a_loop_by_hand_in_the_decoder(family: str, method: str, kind: str) -> N
     device = model.get_base_model().device
     got = []
     for part in written.split(1, dim=1):
-        out = model(input_ids=ids.to(device), decoder_input_ids=part.to(device), past_key_values=cache, use_cache=True)
+        out = model(
+            input_ids=ids.to(device), decoder_input_ids=part.to(device), **hf_cache.given(model, cache), use_cache=True
+        )
         got.append(out.logits.cpu())
     torch.testing.assert_close(torch.cat(got, dim=1), expected, atol=1e-5, rtol=1e-4)
 
@@ -248,21 +254,21 @@ def test_a_system_prompt_is_prefilled_once_and_shared(family: str, method: str) 
     """Copied, copied per row of a batch, and cut back to be used again."""
     model, system = make(family, method), ids_of(5)
     cache = DynamicCache(config=model.get_base_model().config)
-    model(input_ids=system, past_key_values=cache, use_cache=True)
+    model(input_ids=system, **hf_cache.given(model, cache), use_cache=True)
     assert cache.get_seq_length() == 5
     users = [ids_of(length) for length in (3, 4)]
     for user in users:
         whole = torch.cat([system, user], dim=1)
-        assert torch.equal(ours(model, whole, past_key_values=copy.deepcopy(cache)), plain(model, whole))
+        assert torch.equal(ours(model, whole, **hf_cache.given(model, copy.deepcopy(cache))), plain(model, whole))
     pair = torch.cat([system.repeat(2, 1), ids_of(3, rows=2)], dim=1)
     shared = copy.deepcopy(cache)
     shared.batch_repeat_interleave(2)
     expected = torch.cat([plain(model, row[None]) for row in pair])
-    assert torch.equal(ours(model, pair, past_key_values=shared), expected)
+    assert torch.equal(ours(model, pair, **hf_cache.given(model, shared)), expected)
     if family != "gemma3":  # a sliding layer has forgotten what it would go back to
         for user in users:
             whole = torch.cat([system, user], dim=1)
-            assert torch.equal(ours(model, whole, past_key_values=cache), plain(model, whole))
+            assert torch.equal(ours(model, whole, **hf_cache.given(model, cache)), plain(model, whole))
             cache.crop(5 - cache.get_seq_length())
 
 
@@ -272,11 +278,11 @@ def test_a_shared_system_prompt_before_rows_of_different_lengths(family: str, me
     """Padding then stands between the system prompt and the row, where a mask hides it."""
     model, system, batch = make(family, method), ids_of(5), tiny.ragged(side="left")
     cache = DynamicCache(config=model.get_base_model().config)
-    model(input_ids=system, past_key_values=cache, use_cache=True)
+    model(input_ids=system, **hf_cache.given(model, cache), use_cache=True)
     cache.batch_repeat_interleave(3)
     whole = torch.cat([system.repeat(3, 1), batch["input_ids"]], dim=1)
     mask = torch.cat([torch.ones(3, 5, dtype=torch.long), batch["attention_mask"]], dim=1)
-    got = model.generate(input_ids=whole, attention_mask=mask, past_key_values=cache, **OPTIONS)[:, -NEW:]
+    got = model.generate(input_ids=whole, attention_mask=mask, **hf_cache.given(model, cache), **OPTIONS)[:, -NEW:]
     expected = [plain(model, torch.cat([system, row], dim=1)) for row in naive.rows(batch)]
     assert torch.equal(got, torch.cat(expected))
 
@@ -335,7 +341,7 @@ def test_prompts_inside_the_rows_on_other_caches(family: str, kind: str) -> None
     options: dict[str, Any] = {
         "static": {"cache_implementation": "static"},
         "none": {"use_cache": False},
-        "own": {"past_key_values": DynamicCache(config=model.get_base_model().config)},
+        "own": hf_cache.given(model, DynamicCache(config=model.get_base_model().config)),
     }[kind]
     assert torch.equal(model.generate(**batch, **{**OPTIONS, **options}), expected)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hf_cache
 import naive
 import peft
 import pytest
@@ -93,7 +94,7 @@ def seen_always(model: SoftPromptModel, ids: Tensor) -> Tensor:
         masks[kind] = as_mask(torch.cat([torch.ones(length, COUNT, dtype=torch.bool), own], dim=1), "float")
     given = masks["sliding_attention"] if base.config.model_type == "mistral" else masks
     positions = COUNT + torch.arange(length)[None]
-    return base(input_ids=ids, past_key_values=cache, position_ids=positions, attention_mask=given).logits
+    return base(input_ids=ids, **hf_cache.given(base, cache), position_ids=positions, attention_mask=given).logits
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

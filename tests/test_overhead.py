@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import hf_cache
 import pytest
 import tiny
 import torch
@@ -77,9 +78,9 @@ def test_a_step_by_hand_on_a_frozen_prompt_runs_no_encoder(method: str) -> None:
     for call in (model.get_base_model(), model):
         cache = DynamicCache()
         with torch.no_grad():
-            call(input_ids=ids, past_key_values=cache, use_cache=True)
+            call(input_ids=ids, **hf_cache.given(call, cache), use_cache=True)
             with Operations() as operations:
-                call(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+                call(input_ids=ids[:, :1], **hf_cache.given(call, cache), use_cache=True)
         found.append(operations.found)
     added = found[1] - found[0]
     assert added[FLASH] == LAYERS

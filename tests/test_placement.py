@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import hf_cache
 import pytest
 import tiny
 import torch
@@ -168,7 +169,7 @@ def test_a_state_is_carried_on_by_hand() -> None:
     out = model(**batch, use_cache=True)
     token = out.logits[:, -1:].argmax(-1)
     mask = torch.cat([batch["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
-    step = model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values).logits
+    step = model(input_ids=token, attention_mask=mask, **hf_cache.given(model, hf_cache.of(out))).logits
     whole = model(input_ids=torch.cat([batch["input_ids"], token], dim=1), attention_mask=mask).logits
     torch.testing.assert_close(step[:, -1], whole[:, -1], atol=2e-5, rtol=1e-3)
 

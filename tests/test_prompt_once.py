@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 import conformance
+import hf_cache
 import naive
 import pytest
 import tiny
@@ -130,14 +131,14 @@ def decoded(model: SoftPromptModel, batch: dict[str, Tensor], more: Tensor) -> l
     mask = given.pop("attention_mask", None)
     ids, of_task = given["input_ids"], {name: value for name, value in given.items() if name == "task_ids"}
     output = model(**given, **({} if mask is None else {"attention_mask": mask}), use_cache=True)
-    found, cache, ones = [output.logits], output.past_key_values, torch.ones_like(ids)
+    found, cache, ones = [output.logits], hf_cache.of(output), torch.ones_like(ids)
     seen, begin = ones if mask is None else mask, 0
     for count in (2, 1, 1):
         assert cache.get_seq_length() == ids.shape[1] + begin
         step = more[:, begin : begin + count]
         seen, begin = torch.cat([seen, torch.ones_like(step)], dim=1), begin + count
         masked = {} if mask is None else {"attention_mask": seen}
-        output = model(input_ids=step, past_key_values=cache, **masked, **of_task)
+        output = model(input_ids=step, **hf_cache.given(model, cache), **masked, **of_task)
         found.append(output.logits)
     return list(zip(torch.cat(found, dim=1), seen.bool(), strict=True))
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import hf_cache
 import pytest
 import ragged_kit as kit
 import tiny
@@ -248,9 +249,9 @@ def test_later_steps_need_a_mask_where_prompts_differ() -> None:
     model = Model("lfm2")
     _, joined, _ = model.prompts("vectors")
     batch = torch.cat([ids(row) for row in range(6)])
-    cache = model.run(joined).forward({"input_ids": batch, "use_cache": True}).past_key_values
+    cache = hf_cache.of(model.run(joined).forward({"input_ids": batch, "use_cache": True}))
     with pytest.raises(ConfigError, match="pass the attention_mask of all real tokens so far"):
-        model.run(joined).forward({"input_ids": batch[:, :1], "past_key_values": cache})
+        model.run(joined).forward({"input_ids": batch[:, :1], **hf_cache.given(model.base, cache)})
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import hf_cache
 import pytest
 import ragged_kit as kit
 import tiny
@@ -188,8 +189,8 @@ def test_later_steps_of_rows_with_vectors_in_them() -> None:
     ids, mask = batch["input_ids"], batch["attention_mask"]
     first = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "use_cache": True}
     with torch.no_grad():
-        cache = model.run(joined).forward(first).past_key_values
-        rest = {"input_ids": ids[:, -1:], "attention_mask": mask, "past_key_values": cache}
+        cache = hf_cache.of(model.run(joined).forward(first))
+        rest = {"input_ids": ids[:, -1:], "attention_mask": mask, **hf_cache.given(model.base, cache)}
         got = model.run(joined).forward(rest).logits[:, -1]
         for row, own in enumerate(kit.each_row(batch)):
             kit.close(got[row], model.forward_alone(single[row], input_ids=own).logits[0, -1])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import hf_cache
 import pytest
 import tiny
 import torch
@@ -57,7 +58,7 @@ def keys_in_context(base: PreTrainedModel, ids: Tensor) -> Tensor:
     """A decoder's or a T5 decoder's own keys and values of these tokens, flat `[COUNT, width]`."""
     more = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
     with torch.no_grad():
-        cache = base(input_ids=ids, use_cache=True, **more).past_key_values
+        cache = hf_cache.of(base(input_ids=ids, use_cache=True, **more))
     cache = getattr(cache, "self_attention_cache", cache)
     return KV(tuple((layer.keys, layer.values) for layer in cache.layers)).flat()
 
