@@ -64,10 +64,10 @@ def loading(bench: Bench, shape: str, dtype: str, prompt: int, count: int) -> Ma
 
     base = bench.base(shape, dtype)
     folder = adapters(base, prompt, count)
-    geometry = wrap(softprompt, base, "prompt tuning", prompt).geometry
+    facts = wrap(softprompt, base, "prompt tuning", prompt).facts
     return {
-        "ours": lambda: Arm(lambda: through_store(Path(folder.name), geometry)),
-        "ours, mapped": lambda: Arm(lambda: through_store(Path(folder.name), geometry, mapped=True)),
+        "ours": lambda: Arm(lambda: through_store(Path(folder.name), facts)),
+        "ours, mapped": lambda: Arm(lambda: through_store(Path(folder.name), facts, mapped=True)),
         "ours, load_adapter": lambda: Arm(lambda: one_by_one(softprompt, base, Path(folder.name))),
         "PEFT": lambda: Arm(lambda: one_by_one(peft, base, Path(folder.name))),
     }
@@ -85,13 +85,13 @@ def adapters(base: Any, prompt: int, count: int) -> tempfile.TemporaryDirectory[
     return folder
 
 
-def through_store(folder: Path, geometry: Any, mapped: bool = False) -> dict[str, float]:
+def through_store(folder: Path, facts: Any, mapped: bool = False) -> dict[str, float]:
     """Opening the store is counted too."""
     from softprompt.store import PromptStore
 
     begun = time.perf_counter()
     store = PromptStore(folder, max_bytes=10**9, mapped=mapped)
-    good, bad = store.load(store, geometry)
+    good, bad = store.load(store, facts)
     seconds = time.perf_counter() - begun
     assert not bad and len(good) == len(store) > 0
     return {"time": seconds}

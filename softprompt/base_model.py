@@ -19,6 +19,7 @@ from softprompt.errors import UnsupportedError
 from softprompt.facts import Facts, probe, probed, refuses_vectors
 from softprompt.injection.cache_kv import CacheWay, fills_cache
 from softprompt.injection.contract import Way
+from softprompt.prompt import evaluating
 from softprompt.stacking import has_layers
 
 _LOCK = Lock()
@@ -73,15 +74,14 @@ class BaseModel:
         reason = self._known(compare_keys)
         if not reason:
             return
-        if not isinstance(self.way, CacheWay) and self.facts.causal and fills_cache(self.base):
-            other = CacheWay(self.base)
-            seen = probe(other, self.facts)
-            if seen.layers:
-                before = self.way, self.facts
-                self.way, self.facts = other, replace(seen, vectors=self.facts.vectors)
-                if not self._known(compare_keys):
-                    return
-                self.way, self.facts = before
+        if not isinstance(self.way, CacheWay) and self.facts.foldable and fills_cache(self.base):
+            before = self.way, self.facts
+            self.way = CacheWay(self.base)
+            with torch.no_grad(), evaluating(self.base):
+                self.facts = replace(probe(self.way, self.facts), vectors=self.facts.vectors)
+            if self.facts.layers and not self._known(compare_keys):
+                return
+            self.way, self.facts = before
         self.facts = replace(self.facts, no_prefix=reason, foldable=False)
 
     def _no_vectors(self) -> str:

@@ -49,11 +49,11 @@ class Call:
     def keywords(self, module: nn.Module) -> dict[str, Any]:
         """The same as keyword arguments of a module, those alone that are given.
 
-        A cache that the module takes by no name that is known goes under the oldest one, for it to refuse.
+        A cache that the module takes by no name of its own goes under transformers' name, for what it calls.
         """
         found = {argument: getattr(self, name) for name, argument in _ARGUMENTS.items()}
         if self.cache is not None:
-            found[api.cache_name(module.forward) or api.CACHE_NAMES[1]] = self.cache
+            found[api.cache_name(module.forward) or api.CACHE_NAME] = self.cache
         return {**{name: value for name, value in found.items() if value is not None}, **self.rest}
 
     # ---- the same with something else --------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def verdict(base: PreTrainedModel, found: list[Comparison]) -> str:
 def compare_keys(way: Way, facts: Facts, far: int = FAR) -> list[Comparison]:
     """Keys and values of real tokens in front of rows, against these tokens in the rows."""
     trial = _Trial(way, facts, KEYS, far)
-    with _quiet(way.base):
+    with _quiet(trial.base):
         if facts.encoder_decoder:
             return trial.of(lambda: _written(trial))
         if not facts.causal:
@@ -100,25 +100,25 @@ def compare_folded(way: Way, facts: Facts) -> list[Comparison]:
     trial = _Trial(way, facts, FOLDED, 0)
 
     def compare() -> Iterator[Comparison]:
-        vectors = embed_words(way.base.get_input_embeddings(), trial.prompt)
-        want, got = _recorded(trial, trial.prompt), fold(way, Embeddings(vectors))
+        vectors = embed_words(trial.base.get_input_embeddings(), trial.prompt)
+        want, got = _recorded(trial, trial.prompt), fold(trial.way, Embeddings(vectors))
         pairs = zip(want.pairs, got.pairs, strict=True)
         both = [(a.flatten(), b.to(a).flatten()) for pair in pairs for a, b in zip(*pair, strict=True)]
         want_flat, got_flat = (torch.cat([each[side].float() for each in both]) for side in (0, 1))
         yield trial.compared("every layer's", got_flat, want_flat)
 
-    with _quiet(way.base):
+    with _quiet(trial.base):
         return trial.of(compare)
 
 
 def compare_rows(way: Way, facts: Facts, far: int = FAR) -> list[Comparison]:
     """Vectors of real tokens in the rows, against these tokens there."""
     trial = _Trial(way, replace(facts, foldable=False), ROWS, far)
-    with _quiet(way.base):
+    with _quiet(trial.base):
         if facts.encoder_decoder or not facts.causal:
             return trial.of(lambda: _both_ways(trial, keys=False))
-        vectors = embed_words(way.base.get_input_embeddings(), trial.prompt)
-        run = Run(way, trial.facts, Embeddings(vectors))
+        vectors = embed_words(trial.base.get_input_embeddings(), trial.prompt)
+        run = Run(trial.way, trial.facts, Embeddings(vectors))
         return trial.of(lambda: _onward(trial, run.forward, exact=True))
 
 
@@ -141,7 +141,8 @@ class _Trial:
     """One kind of prompt on one model: the tokens it is tried with, and what is close enough."""
 
     def __init__(self, way: Way, facts: Facts, kind: str, far: int) -> None:
-        self.way, self.facts, self.kind, self.base = way, facts, kind, way.base
+        self.way, self.facts, self.kind = without_head(way), facts, kind
+        self.base = self.way.base
         reach = facts.reach
         self.long = LONG if reach is None or reach > far else max(LONG, reach + 1)
         self.passes = reach is not None and self.long > reach
@@ -203,28 +204,25 @@ class _Trial:
 
     def alone(self, ids: Tensor, **more: Any) -> Tensor:
         """The states `[B, T, …]` of the base model by itself."""
-        output = self.base(input_ids=ids, return_dict=True, use_cache=False, **self.asking, **more)
-        return states(output)
+        use = {"use_cache": False} if api.takes_option(self.base.forward, "use_cache") else {}
+        return states(self.base(input_ids=ids, return_dict=True, **use, **more))
 
-    @property
-    def asking(self) -> dict[str, Any]:
-        """What makes a model with a head of another kind give its states."""
-        words = self.base.get_output_embeddings() is not None or self.base is self.base.base_model
-        return {} if words else {"output_hidden_states": True}
+
+def without_head(way: Way) -> Way:
+    """The way into a model of words as it is; of another one into its body, since heads ask for rows of their own."""
+    base, body = way.base, api.own(way.base)
+    if base is body or base.get_output_embeddings() is not None:
+        return way
+    inner = type(way)(body)
+    inner.bind(*way.modules)
+    inner.sharing, inner.limits = way.sharing, way.limits
+    return inner
 
 
 def states(output: Any) -> Tensor:
     """What of an output belongs to each token: logits, or the last states."""
-    logits = output.get("logits")
-    if isinstance(logits, Tensor) and logits.ndim == 3 and output.get("hidden_states") is None:
-        return logits
-    for name in ("last_hidden_state",):
-        if output.get(name) is not None:
-            return output[name]
-    for name in ("hidden_states", "decoder_hidden_states"):
-        if output.get(name) is not None:
-            return output[name][-1]
-    return output["logits"]
+    names = ("logits", "last_hidden_state", "start_logits")
+    return next(output[name] for name in names if output.get(name) is not None)
 
 
 def _difference(got: Tensor, want: Tensor) -> float | None:
@@ -252,7 +250,7 @@ def _recorded(trial: _Trial, ids: Tensor) -> KV:
 def _keys_of(trial: _Trial) -> tuple[Callable[[Call], Any], bool]:
     """How a call is made with the prompt as keys and values, and whether that is all there is of it."""
     prefix = _recorded(trial, trial.prompt)
-    return (lambda call: trial.way.call(prefix, call)), not api.keeps_state(trial.base)
+    return (lambda call: trial.way.call(prefix, call)), trial.facts.foldable
 
 
 def _onward(trial: _Trial, call: Callable[[Call], Any], exact: bool) -> Iterator[Comparison]:
@@ -263,7 +261,7 @@ def _onward(trial: _Trial, call: Callable[[Call], Any], exact: bool) -> Iterator
     """
     long, short = trial.long, trial.short
     ids, mask = trial.rows()
-    more = {"return_dict": True, **trial.asking}
+    more: dict[str, Any] = {"return_dict": True}
     nexts = trial.ids[[0, 1, 1], [LENGTH + long, LENGTH + short, LENGTH + short]][:, None]
     if exact:
         want = trial.alone(trial.ids)[:, LENGTH:]
@@ -282,6 +280,8 @@ def _onward(trial: _Trial, call: Callable[[Call], Any], exact: bool) -> Iterator
     if cache is None:
         return
     if api.cache_name(trial.base.forward) is None:
+        if not trial.base.can_generate():
+            return
         yield Comparison(
             trial.kind,
             "one token later, with a cache",
@@ -319,7 +319,7 @@ def _both_ways(trial: _Trial, keys: bool) -> Iterator[Comparison]:
     else:
         run = Run(trial.way, trial.facts, Embeddings(embed_words(base.get_input_embeddings(), trial.prompt)))
     ids, mask = trial.rows()
-    got = states(run.forward(Call(ids=ids, mask=mask, rest={"return_dict": True, **target, **trial.asking})))
+    got = states(run.forward(Call(ids=ids, mask=mask, rest={"return_dict": True, **target})))
     if trial.facts.encoder_decoder:
         parts = ((got[:1], want[0]), (got[1:2], want[1]), (got[2:], want[1]))
     else:
@@ -330,7 +330,7 @@ def _both_ways(trial: _Trial, keys: bool) -> Iterator[Comparison]:
 
 def _written(trial: _Trial) -> Iterator[Comparison]:
     """A decoder's first tokens as keys and values before what it writes next, with padding in the source."""
-    way, base, long = trial.way, trial.base, trial.long
+    way, long = trial.way, trial.long
     source = trial.ids[1:, LENGTH : LENGTH + trial.short]
     target = trial.ids[:1, : LENGTH + long + 1]
     want = trial.alone(source, decoder_input_ids=target)[:, LENGTH:]
@@ -339,14 +339,14 @@ def _written(trial: _Trial) -> Iterator[Comparison]:
     run = Run(way, trial.facts, KV(tuple(pairs[module] for module in way.modules[0])))
     ids, mask = trial.rows()
     written = target[:, LENGTH : LENGTH + long].expand(2, -1)
-    more = {"return_dict": True, "use_cache": True, **trial.asking}
+    more: dict[str, Any] = {"return_dict": True, "use_cache": True}
     call = Call(ids=ids[1:], mask=mask[1:], rest={"decoder_input_ids": written, **more})
     output = run.forward(call)
     got = states(output)
     yield trial.compared("source padded on the left", got[:1], want[:, :long])
     yield trial.compared("source padded on the right", got[1:], want[:, :long])
     cache = api.cache_in(output)
-    if cache is None:
+    if cache is None or api.cache_name(trial.base.forward) is None:  # (T5's head for questions gives one it cannot take)
         return
     following = target[:, LENGTH + long :].expand(2, -1)
     later = run.forward(call.but(cache=cache[1]).plus(decoder_input_ids=following))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput
@@ -55,6 +55,10 @@ LAYER_CACHE_NAMES = ("layer_past", *CACHE_NAMES)
 """What layers call it."""
 
 
+CACHE_NAME = next(name for name in CACHE_NAMES if takes(create_causal_mask, name))
+"""What the installed transformers calls it."""
+
+
 def cache_name(forward: Callable[..., Any]) -> str | None:
     """By which name a `forward` takes a cache; None where it takes none."""
     names = parameters(forward)
@@ -77,7 +81,7 @@ def pop_cache(given: dict[str, Any]) -> Any:
 
 def generate_cache_name(base: PreTrainedModel) -> str:
     """By which name a model's `generate` takes the cache it goes on from."""
-    return cache_name(type(base).forward) or "past_key_values"
+    return cache_name(type(base).forward) or CACHE_NAME
 
 
 def cache_in(output: Any) -> tuple[str, Any] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softprompt import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, SoftPromptModel, get_peft_model
-from softprompt.doors.cache import CacheDoor
+from softprompt.injection.cache_kv import CacheWay
 
 METHODS: dict[str, Callable[..., Any]] = {
     "prompt_tuning": lambda **more: PromptTuningConfig(num_virtual_tokens=6, **more),
@@ -38,7 +38,7 @@ def make(family: str, method: str, eager: bool = False) -> SoftPromptModel:
         assert base.base_model.config._attn_implementation == "eager"
     torch.manual_seed(0)
     model = get_peft_model(base, METHODS[method]()).eval()
-    assert isinstance(model.door, CacheDoor)
+    assert isinstance(model.way, CacheWay)
     return model
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.checkpoint import load_adapter, save_adapter
-from softprompt.probe import find_door
+from softprompt.base_model import find_way
 from softprompt.serve.base import LentBase
 from softprompt.serve.library import PromptLibrary
 from softprompt.serve.version import Version
@@ -31,7 +31,7 @@ def lent(family: str = "gpt2", dtype: torch.dtype = torch.float32, fingerprint: 
 
 
 def lent_of(model: PreTrainedModel, fingerprint: str = FINGERPRINT) -> LentBase:
-    return LentBase(*find_door(model), tiny.tokenizer(), "tiny", BASE, fingerprint)
+    return LentBase(*find_way(model), tiny.tokenizer(), "tiny", BASE, fingerprint)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from softprompt.join import Mixed
 from softprompt.config import Placement
-from softprompt.doors.cache import Door
-from softprompt.geometry import Geometry, LayerShape
-from softprompt.probe import find_door
+from softprompt.injection.contract import Way
+from softprompt.facts import Facts, LayerShape
+from softprompt.base_model import find_way
 from softprompt.prompt import KV, Embeddings
 from softprompt.running import Run
 
@@ -36,17 +36,17 @@ class Model:
     def __init__(self, family: str, task: str = "CAUSAL_LM") -> None:
         self.base: PreTrainedModel = families.build(family, task)
         self.base.requires_grad_(False)
-        found = find_door(self.base)
-        self.door: Door = found[0]
-        self.geometry: Geometry = found[1]
+        found = find_way(self.base)
+        self.way: Way = found[0]
+        self.facts: Facts = found[1]
 
     def run(self, prompt: Any, placement: Placement = Placement.FRONT, slots: Tensor | None = None) -> Run:
-        return Run(self.door, self.geometry, prompt, placement, slots)
+        return Run(self.way, self.facts, prompt, placement, slots)
 
     def vectors(self, seed: int = 0) -> list[Leaves]:
         """The vectors `[p, d]` of each prompt, about as large as the words'."""
         generator = torch.Generator().manual_seed(seed)
-        width = self.geometry.hidden_size
+        width = self.facts.hidden_size
         return [[(0.3 * torch.randn(length, width, generator=generator)).requires_grad_()] for length in LENGTHS]
 
     def keys(self, seed: int = 0) -> list[Leaves]:
@@ -59,7 +59,7 @@ class Model:
         ]
 
     def _layers(self) -> tuple[LayerShape, ...]:
-        return self.geometry.layers + self.geometry.cross_layers + self.geometry.encoder_layers
+        return self.facts.layers + self.facts.cross_layers + self.facts.encoder_layers
 
     def embeddings(self, leaves: list[Leaves], rows: Any = ROWS, lengths: tuple[int, ...] = LENGTHS) -> Embeddings:
         """All prompts for one batch, the shorter ones padded in front."""
@@ -75,7 +75,7 @@ class Model:
 
     def _as_kv(self, flat: list[Tensor]) -> KV:
         pairs = tuple(zip(flat[::2], flat[1::2], strict=True))
-        own, cross = len(self.geometry.layers), len(self.geometry.cross_layers)
+        own, cross = len(self.facts.layers), len(self.facts.cross_layers)
         return KV(pairs[:own], pairs[own : own + cross], pairs[own + cross :])
 
     def alone(self, leaves: Leaves, kind: str) -> Embeddings | KV | None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from softprompt import Embeddings, PromptStore, PromptTuningConfig, SoftPromptError
 from softprompt.checkpoint import save_adapter
-from softprompt.geometry import Geometry, LayerShape
+from softprompt.facts import Facts, LayerShape
 
 WIDTH, TOKENS = 32, 4
-GEOMETRY = Geometry((LayerShape(4, 8, 8),) * 2, WIDTH, 4, True, tiny.CONTEXT, True, 0)
+GEOMETRY = Facts((LayerShape(4, 8, 8),) * 2, WIDTH, 4, True, tiny.CONTEXT, True, 0)
 CONFIG = PromptTuningConfig(
     task_type="CAUSAL_LM", num_virtual_tokens=TOKENS, token_dim=WIDTH, num_layers=2, num_attention_heads=4,
     num_transformer_submodules=1,
@@ -49,8 +49,8 @@ def vectors(store: PromptStore, name: str) -> Tensor:
     return prompt.vectors
 
 
-def error_of(store: PromptStore, name: str, geometry: Geometry = GEOMETRY) -> SoftPromptError:
-    good, bad = store.load([name], geometry)
+def error_of(store: PromptStore, name: str, facts: Facts = GEOMETRY) -> SoftPromptError:
+    good, bad = store.load([name], facts)
     assert not good
     assert "\n" not in str(bad[name])
     return bad[name]

@@ -461,7 +461,7 @@ def test_experts_are_causal() -> None:
         torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_config(MixtralConfig(**options)).eval()
         model = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=5)).eval()
-        assert model.geometry.causal
+        assert model.facts.causal
         ids = ids_of(6)
         close(model(input_ids=ids).logits, naive.logits(model, ids)[0])
 

@@ -136,7 +136,7 @@ def test_flex_gives_each_row_its_own_prompt(flexible: None) -> None:
     shape, lengths, rows = (3, 2, 6, 8), (6, 2, 4), [1, 2, 0, 1]
     layers = tuple((torch.randn(shape), torch.randn(shape)) for _ in range(2))
     batch = tiny.ragged((3, 9, 5, 4), side="left")
-    with torch.no_grad(), model.door.open(KV(layers, rows=torch.tensor(rows), lengths=lengths)):
+    with torch.no_grad(), model.way.open(KV(layers, rows=torch.tensor(rows), lengths=lengths)):
         output = model.get_base_model()(**batch).logits
     for row, got, mask, prompt in zip(naive.rows(batch), output, batch["attention_mask"], rows, strict=True):
         alone = KV(tuple(tuple(part[prompt, None, :, 6 - lengths[prompt] :] for part in pair) for pair in layers))

@@ -193,7 +193,7 @@ def test_tuples(family: str, method: str) -> None:
     close(got[0], expected.logits)
     assert type(got[1]) is DynamicCache
     assert got[1].get_seq_length() == 5
-    with model.door.open(model.fold()):  # nor does the base model itself show the stand-in
+    with model.way.open(model.fold()):  # nor does the base model itself show the stand-in
         inside = model.get_base_model()(input_ids=ids, use_cache=False, return_dict=False)
     assert len(inside) == 1
     close(inside[0], expected.logits)
@@ -224,16 +224,16 @@ def test_each_row_has_its_own_prefix(family: str) -> None:
         rows=torch.tensor([2, 0, 2]),
     )
     options: dict[str, Any] = {"max_new_tokens": 5, "num_beams": 2, "eos_token_id": None, "pad_token_id": tiny.PAD}
-    with torch.no_grad(), model.door.open(both):
+    with torch.no_grad(), model.way.open(both):
         out, tokens = base(**batch).logits, base.generate(**batch, **options)
     for index, (row, chosen) in enumerate(zip(naive.rows(batch), (2, 0, 2), strict=True)):
-        with torch.no_grad(), model.door.open(three[chosen]):
+        with torch.no_grad(), model.way.open(three[chosen]):
             alone = base(input_ids=row).logits[0]
             close(out[index][batch["attention_mask"][index].bool()], alone)
             mask = torch.ones_like(row)
             again = base.generate(input_ids=row, attention_mask=mask, **options)
             assert torch.equal(tokens[index, -5:], again[0, -5:])
-    with model.door.open(both), pytest.raises(ConfigError, match="3 rows"):
+    with model.way.open(both), pytest.raises(ConfigError, match="3 rows"):
         base(input_ids=ids_of(4, rows=2))
 
 

@@ -32,7 +32,7 @@ from softprompt import (
     UnsupportedError,
     get_peft_model,
 )
-from softprompt.doors.cache import CacheDoor, Recording
+from softprompt.injection.cache_kv import CacheWay, Recording
 
 # ---- gradient checkpointing --------------------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ def test_what_is_recorded_is_what_a_cache_would_hold(family: str) -> None:
     base, ids = families.build(family, "CAUSAL_LM"), ids_of(4)
     cache, recording = DynamicCache(config=base.config), Recording()
     base(input_ids=ids, **hf_cache.given(base, cache))
-    with CacheDoor(base).open(None, recording):
+    with CacheWay(base).open(None, recording):
         base.base_model(input_ids=ids, use_cache=False)
     for layer, (key, value), module in zip(cache.layers, recording.layers, recording.modules, strict=True):
         assert torch.equal(layer.keys, key)

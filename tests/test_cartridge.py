@@ -26,7 +26,8 @@ from softprompt import (
     initialize_kv_prefix_from_text,
 )
 from softprompt.checkpoint import load_adapter
-from softprompt.probe import find_door, record
+from softprompt.base_model import find_way
+from softprompt.facts import record
 
 P, FROZEN = 6, 2
 TEXT = "the cat sat on the mat and the dog ran to the red house by the river while it rained all night long"
@@ -180,10 +181,10 @@ def test_names_and_shapes_of_peft() -> None:
 
 def keys_at(base: Any, ids: Tensor, first: int) -> KV:
     """What the model makes of `ids` [1, t] standing alone at positions first, first+1, …"""
-    door, _ = find_door(base)
-    positions = torch.arange(first, first + ids.shape[1])[None] + door.position_offset
+    door, _ = find_way(base)
+    positions = torch.arange(first, first + ids.shape[1])[None] + way.position_offset
     with torch.no_grad():
-        return KV(tuple(record(door, {"input_ids": ids, "position_ids": positions})[0].layers))
+        return KV(tuple(record(way, {"input_ids": ids, "position_ids": positions})[0].layers))
 
 
 def texts() -> list[Tensor]:

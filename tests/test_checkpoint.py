@@ -21,7 +21,7 @@ from softprompt.checkpoint import (
 )
 from softprompt.config import PromptConfig
 from softprompt.errors import CheckpointError
-from softprompt.geometry import Geometry, LayerShape
+from softprompt.facts import Facts, LayerShape
 from softprompt.methods import PrefixEncoder, PrefixTuningConfig, PromptEncoder, PromptEncoderConfig, PromptTuningConfig
 
 SIZES: dict[str, Any] = {"num_virtual_tokens": 3, "token_dim": 8, "num_layers": 2, "num_attention_heads": 2}
@@ -174,9 +174,9 @@ def test_an_encoder_of_other_sizes_is_refused(tmp_path: Path) -> None:
 # The base model it was made for --------------------------------------------------------------------------------------
 
 
-def geometry(layers: int = 2, heads: int = 2, head_size: int = 4, width: int = 8) -> Geometry:
+def facts(layers: int = 2, heads: int = 2, head_size: int = 4, width: int = 8) -> Facts:
     shape = LayerShape(heads, head_size, head_size)
-    return Geometry(
+    return Facts(
         layers=(shape,) * layers,
         hidden_size=width,
         query_heads=heads,
@@ -189,22 +189,22 @@ def geometry(layers: int = 2, heads: int = 2, head_size: int = 4, width: int = 8
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_same_sizes_fit(name: str) -> None:
-    check_fits(SavedAdapter(CONFIGS[name], prompt(name)), geometry())
+    check_fits(SavedAdapter(CONFIGS[name], prompt(name)), facts())
 
 
 @pytest.mark.parametrize(
     ("name", "other", "message"),
     [
-        ("prompt_tuning", geometry(width=16), "width 8 in the adapter, 16 here"),
-        ("p_tuning_mlp", geometry(layers=5), "layers 2 in the adapter, 5 here"),
-        ("prompt_tuning", geometry(heads=4), "attention heads 2 in the adapter, 4 here"),
-        ("prefix", geometry(layers=5), "layers 2 in the adapter, 5 here"),
-        ("prefix", geometry(heads=1), "key-value heads 2 in the adapter, 1 here"),
-        ("prefix_ffn", geometry(head_size=64), "head size 4 in the adapter, 64 here"),
-        ("prefix", geometry(layers=3, heads=1), "layers 2 in the adapter, 3 here; key-value heads 2 in the adapter, 1"),
+        ("prompt_tuning", facts(width=16), "width 8 in the adapter, 16 here"),
+        ("p_tuning_mlp", facts(layers=5), "layers 2 in the adapter, 5 here"),
+        ("prompt_tuning", facts(heads=4), "attention heads 2 in the adapter, 4 here"),
+        ("prefix", facts(layers=5), "layers 2 in the adapter, 5 here"),
+        ("prefix", facts(heads=1), "key-value heads 2 in the adapter, 1 here"),
+        ("prefix_ffn", facts(head_size=64), "head size 4 in the adapter, 64 here"),
+        ("prefix", facts(layers=3, heads=1), "layers 2 in the adapter, 3 here; key-value heads 2 in the adapter, 1"),
     ],
 )
-def test_other_sizes_are_named(name: str, other: Geometry, message: str) -> None:
+def test_other_sizes_are_named(name: str, other: Facts, message: str) -> None:
     config = replace(CONFIGS[name], base_model_name_or_path="gpt2")
     with pytest.raises(CheckpointError, match=rf"here was made for another base model \(gpt2\): .*{message}"):
         check_fits(SavedAdapter(config, prompt(name), source="here"), other)

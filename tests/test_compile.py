@@ -71,7 +71,7 @@ def check_training(family: str, method: str, side: str, backend: str) -> None:
         batch = batch_of(method, side, seed)
         expected = step(model, model, batch)
         torch.testing.assert_close(step(model, compiled, batch), expected, atol=1e-5, rtol=1e-4)
-    names = {config._attn_implementation for config in model.door._configs}
+    names = {config._attn_implementation for config in model.way._configs}
     assert names == {"sdpa"}  # nothing is left behind
 
 

@@ -356,10 +356,10 @@ def test_layers_of_different_shapes_have_a_prefix_each() -> None:
     """A layer's own heads and sizes are kept in the config, which PEFT has no field for, and in the flat table."""
     from dataclasses import replace
 
-    from softprompt.geometry import LayerShape
+    from softprompt.facts import LayerShape
 
-    geometry = make("llama", "prefix").geometry
-    uneven = replace(geometry, layers=(LayerShape(2, 8, 8), LayerShape(1, 16, 12)))
+    facts = make("llama", "prefix").facts
+    uneven = replace(facts, layers=(LayerShape(2, 8, 8), LayerShape(1, 16, 12)))
     config = PrefixEncoder.fill(PrefixTuningConfig(num_virtual_tokens=3), uneven)
     assert isinstance(config, PrefixTuningConfig)
     assert config.layer_shapes == [[2, 8, 8], [1, 16, 12]]
@@ -368,6 +368,6 @@ def test_layers_of_different_shapes_have_a_prefix_each() -> None:
     shapes = [tuple(part.shape) for pair in kv.layers for part in pair]
     assert shapes == [(1, 2, 3, 8), (1, 2, 3, 8), (1, 1, 3, 16), (1, 1, 3, 12)]
     assert torch.equal(kv.flat(), encoder.embedding.weight)
-    even = PrefixEncoder.fill(PrefixTuningConfig(num_virtual_tokens=3), geometry)
+    even = PrefixEncoder.fill(PrefixTuningConfig(num_virtual_tokens=3), facts)
     assert isinstance(even, PrefixTuningConfig)
     assert even.layer_shapes is None

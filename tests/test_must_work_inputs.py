@@ -181,7 +181,7 @@ NARROW, WIDE = (2, 8), (1, 16)
 def test_layers_of_different_shapes(method: str, options: Any, shapes: Any, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = get_peft_model(gemma4(**options), TWO_KINDS[method](task_type="CAUSAL_LM")).eval()
-    assert [(each.heads, each.key_size) for each in model.geometry.layers] == shapes
+    assert [(each.heads, each.key_size) for each in model.facts.layers] == shapes
     batch = tiny.ragged(LONG, side="left")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     result = model(**batch, labels=labels)
@@ -246,7 +246,7 @@ def as_mask(visible: Tensor, kind: str) -> Tensor:
 
 
 def halves(model: SoftPromptModel, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    positions = torch.arange(6)[None] + model.geometry.position_offset
+    positions = torch.arange(6)[None] + model.facts.position_offset
     yield from zip(ids.split(3, dim=1), positions.split(3, dim=1), strict=True)
 
 

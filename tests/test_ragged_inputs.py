@@ -15,7 +15,7 @@ from torch import Tensor
 from softprompt.join import Mixed
 from softprompt.config import Placement
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.probe import find_door
+from softprompt.base_model import find_way
 from softprompt.prompt import KV, Embeddings
 from softprompt.running import Run
 
@@ -273,8 +273,8 @@ def test_a_decoder_that_is_told_no_positions() -> None:
     config = hf.M2M100Config(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
                           decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
                           max_position_embeddings=64)  # fmt: skip
-    door, geometry = find_door(hf.M2M100ForConditionalGeneration(config).eval())
-    pairs = tuple((torch.zeros(1, 2, 2, 8), torch.zeros(1, 2, 2, 8)) for _ in geometry.layers)
+    way, facts = find_way(hf.M2M100ForConditionalGeneration(config).eval())
+    pairs = tuple((torch.zeros(1, 2, 2, 8), torch.zeros(1, 2, 2, 8)) for _ in facts.layers)
     rows = {"input_ids": torch.tensor([[5, 6]]), "decoder_input_ids": torch.tensor([[2, 7]])}
     with pytest.raises(UnsupportedError, match="told no positions"):
-        Run(door, geometry, KV(pairs)).forward(rows)
+        Run(way, facts, KV(pairs)).forward(rows)

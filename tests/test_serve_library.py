@@ -368,7 +368,7 @@ def test_each_task_is_a_prompt_of_its_own(library: PromptLibrary, tmp_path: Path
         library.get("many")
     store = PromptStore({name: library.get(name).folder for name in library.names()})
     store.register("whole", tmp_path / "prompts" / "many")
-    good, bad = store.load(["whole", "many:0", "many:1", "many:2", "single"], base.geometry)
+    good, bad = store.load(["whole", "many:0", "many:1", "many:2", "single"], base.facts)
     assert not bad
     for number in range(3):
         own, whole = good[f"many:{number}"].prompt(), good["whole"].prompt(number)

@@ -121,7 +121,7 @@ def used(model: SoftPromptModel, task: str, folder: Path, found: dict[str, Any])
         found["beams"] = model.generate(**rows, max_new_tokens=3, num_beams=2, do_sample=False)
         with model.disable_adapter():
             found["plain"] = model.generate(**rows, max_new_tokens=3, do_sample=False)
-    if model.geometry.foldable:
+    if model.facts.foldable:
         found["folded"] = [part for pair in model.fold().pairs for part in pair] if may_fold(model) else []
     model.save_pretrained(folder, is_main_process=not dist.is_initialized() or dist.get_rank() == 0)
     if dist.is_initialized():

@@ -82,7 +82,7 @@ def test_every_method_is_what_load_adapter_makes_of_it(
     save_file({name: each.to(dtype) for name, each in load_file(path).items()}, path)
     again = SoftPromptModel.from_pretrained(families.build(family, task), tmp_path / "one")
     state, store = torch.get_rng_state(), PromptStore({"one": tmp_path / "one"}, mapped=mapped)
-    good, bad = store.load(["one"], again.geometry)
+    good, bad = store.load(["one"], again.facts)
     assert not bad
     assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn
     loaded, encoder = good["one"], again.encoder()
@@ -119,9 +119,9 @@ def test_a_second_adapter_leaves_the_first_as_it_was(tmp_path: Path, method: str
         model.save_pretrained(tmp_path / name)
     store = PromptStore(tmp_path)
     task = 0 if METHODS[method].task_parameters else None
-    first = store.load(["a"], model.geometry)[0]["a"]
+    first = store.load(["a"], model.facts)[0]["a"]
     before = [each.clone() for each in tensors_of(first.prompt(task))]
-    second = store.load(["b"], model.geometry)[0]["b"]
+    second = store.load(["b"], model.facts)[0]["b"]
     second.prompt(task)
     after = tensors_of(first.prompt(task))
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
@@ -172,7 +172,7 @@ def test_tasks(tmp_path: Path) -> None:
     model = get_peft_model(families.build("gpt2", "CAUSAL_LM"), config)
     model.save_pretrained(tmp_path / "several")
     write(tmp_path / "single", 0)
-    good, bad = PromptStore(tmp_path).load(["several", "single"], model.geometry)
+    good, bad = PromptStore(tmp_path).load(["several", "single"], model.facts)
     assert not bad
     several, single = good["several"], good["single"]
     assert single.prompt(0) is single.prompt()
@@ -192,7 +192,7 @@ def test_prefixes_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = get_peft_model(tiny.build("llama"), config)
     model.save_pretrained(tmp_path)
-    prompt = PromptStore({"a": tmp_path}).load(["a"], model.geometry)[0]["a"].prompt()
+    prompt = PromptStore({"a": tmp_path}).load(["a"], model.facts)[0]["a"].prompt()
     encoder = model.encoder()
     assert isinstance(prompt, KV)
     assert isinstance(encoder, KVPrompt)

@@ -209,5 +209,5 @@ def _with_cache(layer: partial[Any], cache: PrefixedCache) -> Callable[..., Any]
 
 
 def fills_cache(base: PreTrainedModel) -> bool:
-    """Whether the model's body takes a cache, which the way needs."""
-    return api.cache_name(api.own(base).forward) is not None
+    """Whether the model's body takes a cache of keys and values alone, which the way needs."""
+    return api.cache_name(api.own(base).forward) is not None and not api.keeps_state(base)

@@ -182,6 +182,8 @@ class Run:
         ConfigError without a mask where prompts differ in length, and so in the padding before them.
         """
         mask = call.mask
+        if isinstance(mask, Tensor) and not self.facts.layers:  # a state knows what was padding, and is told no more
+            return call.but(mask=mask[:, -call.rows.shape[1] :])
         if self.slots is None and prompt.lengths is not None and mask is None and self.facts.layers:
             raise ConfigError(
                 "a later step of rows whose prompts differ in length needs to know what was padding; pass the "
