@@ -24,6 +24,7 @@ from softprompt.fitting import fitted, method_of
 from softprompt.fold_cache import FoldCache
 from softprompt.heads import Heads, with_default_heads
 from softprompt.injection.contract import Way
+from softprompt.injection.scope import apart
 from softprompt.loops import InLoops
 from softprompt.prompt import KV, EmbeddingPrompt, SoftPrompt, evaluating
 from softprompt.running import Run
@@ -273,12 +274,13 @@ class SoftPromptModel(PushToHubMixin, InLoops):
     def _calling(self, adapter_names: Sequence[str] | None) -> Iterator[Sequence[str] | None]:
         """Inside the block each row goes through its own head: the names of all rows' adapters, one for all of them, or
         None for the base model alone."""
-        if disabled(self):
-            with self.heads.for_rows([BASE]):
-                yield None
-            return
-        with self.heads.for_rows(adapter_names, lambda: self.active_adapter) as names:
-            yield names
+        with apart(self.base_model):
+            if disabled(self):
+                with self.heads.for_rows([BASE]):
+                    yield None
+                return
+            with self.heads.for_rows(adapter_names, lambda: self.active_adapter) as names:
+                yield names
 
     @torch.no_grad()
     def generate(

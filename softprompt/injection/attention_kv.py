@@ -22,7 +22,7 @@ from softprompt.injection.checkpointing import recomputed, run_checkpointed
 from softprompt.injection.contract import Way
 from softprompt.injection.interface import routed
 from softprompt.injection.positions import true_positions
-from softprompt.injection.scope import Recording, Scope, entered
+from softprompt.injection.scope import Recording, Scope, apart, entered
 from softprompt.prompt import KV
 
 
@@ -64,7 +64,7 @@ class AttentionWay(Way):
 
     @contextmanager
     def recorded(self, recording: Recording) -> Iterator[None]:
-        with self._active(self._scope(None, recording)):
+        with apart(self.base), self._active(self._scope(None, recording)):
             yield
 
     def call(self, prefix: KV | None, call: Call) -> Any:

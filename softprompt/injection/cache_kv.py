@@ -25,7 +25,7 @@ from softprompt.injection.interface import BACKENDS
 from softprompt.injection.lengths import own_lengths
 from softprompt.injection.positions import true_positions
 from softprompt.injection.prefixed_cache import PrefixedCache, additive, left_padding, of_sequences, widen
-from softprompt.injection.scope import Recording, Scope, entered
+from softprompt.injection.scope import Recording, Scope, apart, entered
 from softprompt.prompt import KV
 
 
@@ -58,7 +58,7 @@ class CacheWay(Way):
     @contextmanager
     def recorded(self, recording: Recording) -> Iterator[None]:
         scope = self._scope(None, recording)
-        with ExitStack() as stack:
+        with apart(self.base), ExitStack() as stack:
             attending = self._attending(stack)
             scope.at(self.body, before=self._record(scope, attending), after=_leave(scope))
             recomputed(self._checkpointed)

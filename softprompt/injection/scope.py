@@ -61,6 +61,7 @@ class Scope:
     turn (`runs` counts). `positions` are the true positions of the current queries, `[B|1, T]`, none of them greater
     than `last` where that is known; `seen` is how many tokens an encoder-decoder's cache holds. `before` and `after`
     are what happens at a module's calls, as torch's hooks with keyword arguments; `cache` is the cache way's stand-in.
+    `apart` are the modules that no `outer` scope acts at.
     """
 
     prefix: KV | None = None
@@ -78,6 +79,7 @@ class Scope:
     checkpointed: Callable[..., Any] | None = None
     cache: Any = None
     outer: Scope | None = None
+    apart: frozenset[nn.Module] = frozenset()
     _groups: dict[tuple[int, torch.device], tuple[Group, ...]] = field(default_factory=dict)
     _lengths: dict[tuple[int, torch.device], Tensor | None] = field(default_factory=dict)
     _masks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -214,6 +216,17 @@ def entered(scope: Scope) -> Iterator[None]:
         _HERE.scope = before
 
 
+@contextmanager
+def apart(base: nn.Module) -> Iterator[None]:
+    """Inside the block nothing that is open now acts on `base`: a call may come from within another one, as from a
+    logits processor."""
+    if _HERE.scope is None:
+        yield
+        return
+    with entered(Scope(apart=frozenset(base.modules()))):
+        yield
+
+
 def watch(module: nn.Module) -> None:
     """Let scopes act at a module's calls, from now on. The hooks stay: one that is taken away is missed by a thread
     that is on its way to it."""
@@ -232,7 +245,7 @@ def _acting(module: nn.Module, side: str) -> Iterable[Any]:
         found = getattr(scope, side).get(module)
         if found is not None:
             return found
-        scope = scope.outer
+        scope = None if module in scope.apart else scope.outer
     return ()
 
 
