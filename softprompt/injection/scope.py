@@ -197,6 +197,8 @@ class _Here(local):
 
 _HERE = _Here()
 _WATCHING = Lock()
+_WATCHED = "_softprompt_watched"
+"""The mark of modules that have our hooks; a copy has both."""
 
 
 def current() -> Scope | None:
@@ -230,12 +232,17 @@ def apart(base: nn.Module) -> Iterator[None]:
 def watch(module: nn.Module) -> None:
     """Let scopes act at a module's calls, from now on. The hooks stay: one that is taken away is missed by a thread
     that is on its way to it."""
-    if _before in module._forward_pre_hooks.values():
+    if module.__dict__.get(_WATCHED) and _hooked(module):
         return
     with _WATCHING:
-        if _before not in module._forward_pre_hooks.values():
+        if not _hooked(module):
             module.register_forward_hook(_after, with_kwargs=True)
             module.register_forward_pre_hook(_before, with_kwargs=True)
+        module.__dict__[_WATCHED] = True  # last: until then another thread waits
+
+
+def _hooked(module: nn.Module) -> bool:
+    return _before in module._forward_pre_hooks.values() and _after in module._forward_hooks.values()
 
 
 def _acting(module: nn.Module, side: str) -> Iterable[Any]:
@@ -249,8 +256,9 @@ def _acting(module: nn.Module, side: str) -> Iterable[Any]:
     return ()
 
 
-def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if _HERE.scope is None:
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    """(torch has a hook without keyword arguments for an instant, while another thread registers it.)"""
+    if _HERE.scope is None or kwargs is None:
         return None
     for act in _acting(module, "before"):
         changed = act(module, args, kwargs)
@@ -259,8 +267,8 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return args, kwargs
 
 
-def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    if _HERE.scope is None:
+def _after(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
+    if _HERE.scope is None or output is None:
         return output
     for act in _acting(module, "after"):
         output = act(module, args, kwargs, output)
@@ -299,7 +307,9 @@ def within(
     if window is not None:
         return (queries - columns < window)[:, None]
     assert chunk is not None
-    return (queries.div(chunk, rounding_mode="floor") == columns.clamp(min=0).div(chunk, rounding_mode="floor"))[:, None]
+    return (queries.div(chunk, rounding_mode="floor") == columns.clamp(min=0).div(chunk, rounding_mode="floor"))[
+        :, None
+    ]
 
 
 def spread_rows(rows: Tensor | None, batch: int) -> Tensor | None:
