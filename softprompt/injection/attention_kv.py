@@ -109,7 +109,7 @@ class AttentionWay(Way):
     def _active(self, scope: Scope) -> Iterator[None]:
         """Route attention through ours and make the scope the current one; undo both."""
         recomputed(self._checkpointed)
-        with routed(self.base, self._configs), entered(scope):
+        with routed(self._configs), entered(scope):
             yield
 
     def _layer_again(
@@ -124,7 +124,7 @@ class AttentionWay(Way):
             def part(*given: Any) -> Any:
                 inner = self._scope(again)
                 inner.positions, inner.last, inner.seen, inner.runs = positions, last, seen, dict(before)
-                with routed(self.base, self._configs), entered(inner):
+                with routed(self._configs), entered(inner):
                     output = layer(*given)
                 scope.runs.update(inner.runs)
                 return output
