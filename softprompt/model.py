@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from softprompt.batch import run_for
 from softprompt.batch.find import BASE, placement_of
 from softprompt.call import Call, check_count
 from softprompt.config import PromptConfig
-from softprompt.elsewhere import at_hand, word_table
 from softprompt.disabling import disabled, disabling
+from softprompt.elsewhere import at_hand, word_table
 from softprompt.errors import ConfigError
 from softprompt.facts import Facts
 from softprompt.fitting import fitted, method_of
@@ -50,6 +51,7 @@ def get_peft_model(
 
 
 OF_THE_BASE = frozenset({
+    "activation_checkpointing_disable", "activation_checkpointing_enable", "is_activation_checkpointing",
     "add_model_tags", "can_generate", "config", "dtype", "enable_input_require_grads", "disable_input_require_grads",
     "floating_point_ops", "estimate_tokens", "generation_config", "get_decoder", "get_encoder", "get_input_embeddings",
     "get_memory_footprint", "get_output_embeddings", "gradient_checkpointing_disable", "gradient_checkpointing_enable",
@@ -59,6 +61,9 @@ OF_THE_BASE = frozenset({
     "tie_weights", "vocab_size", "warnings_issued", "is_parallelizable", "model_parallel", "framework",
 })  # fmt: skip
 """What a prompted model answers for its base model. Of anything else it has, the base model knows nothing of a prompt."""
+
+_CHOOSING = RLock()
+"""Of threads that switch adapters, which must not end with one active and another that trains."""
 
 
 class SoftPromptModel(PushToHubMixin, InLoops):
@@ -129,9 +134,10 @@ class SoftPromptModel(PushToHubMixin, InLoops):
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Use this prompt from now on. Only its parameters train; with `inference_mode` none does."""
         self._check_known(adapter_name)
-        self.active_adapter = adapter_name
-        self.heads.use(adapter_name if self.enabled else None)
-        self._set_trainable(None if inference_mode else adapter_name)
+        with self.heads.alone(), _CHOOSING:
+            self.active_adapter = adapter_name
+            self.heads.use(adapter_name if self.enabled else None)
+            self._set_trainable(None if inference_mode else adapter_name)
 
     def _set_trainable(self, active: str | None) -> None:
         for name, config in self.peft_config.items():
