@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt import transformers_api as api
 from softprompt.config import KVConfig
 from softprompt.elsewhere import embed_words, place_of
 from softprompt.errors import ConfigError
@@ -31,7 +32,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
 def _cache_to_kv(cache: Any) -> KV:
     layers = getattr(cache, "layers", None)
     if layers is not None:
-        pairs = [_first_tokens(layer, cache.get_seq_length(number)) for number, layer in enumerate(layers)]
+        pairs = [_first_tokens(layer, api.seen_tokens(cache, number)) for number, layer in enumerate(layers)]
     elif isinstance(cache, list | tuple):
         pairs = [(layer[0], layer[1]) for layer in cache]
     else:

@@ -15,7 +15,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,7 +33,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from softprompt.errors import ConfigError, UnsupportedError
 
-__all__ = ["CacheLayerMixin", "GradientCheckpointingLayer", "ModelOutput", "PushToHubMixin"]
+__all__ = ["CacheLayerMixin", "GradientCheckpointingLayer", "ModelOutput", "PushToHubMixin", "TorchDispatchMode"]
 
 # ---- signatures ----------------------------------------------------------------------------------------------------
 
@@ -95,15 +103,15 @@ def with_cache(output: Any, cache: Any) -> dict[str, Any]:
     return fields | {name: cache for name in CACHE_NAMES if name in fields}
 
 
-def seen_tokens(cache: Any) -> Any:
-    """How many tokens a cache has seen, 0 without one; a static cache's count is a tensor on its device.
+def seen_tokens(cache: Any, layer: int = 0) -> Any:
+    """How many tokens a layer of a cache has seen, 0 without one; a static cache's count is a tensor on its device.
 
     A cache of nothing but states of recurrent layers counts no tokens: 1 where it has seen any.
     """
     if cache is None:
         return 0
     try:
-        return cache.get_seq_length()
+        return cache.get_seq_length(layer)
     except ValueError:  # no attention layer in it
         return int(cache.has_previous_state())
 
@@ -408,6 +416,34 @@ def initialize(model: PreTrainedModel, part: nn.Module) -> None:
     model._init_weights(part)
 
 
+def is_masked_config(config: PreTrainedConfig) -> bool:
+    """Whether there is a masked language model for a config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def predicts_masks(name: str) -> bool:
+    """Whether a class of this name is a masked language model. (By name: the classes are imported for seconds.)"""
+    from transformers.models.auto import modeling_auto
+
+    return name in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+
+
+def predicts_next(name: str) -> bool:
+    """Whether a class of this name is a causal language model."""
+    from transformers.models.auto import modeling_auto
+
+    return name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def hub_file(path: str, name: str) -> str | None:
+    """Where a file of a model on the hub is on this machine."""
+    from transformers.utils.hub import cached_file
+
+    return cached_file(path, name)
+
+
 # ---- what training loops ask ---------------------------------------------------------------------------------------
 
 
@@ -425,6 +461,14 @@ def pop_fused_scores(keywords: dict[str, Any]) -> tuple[str, ...]:
     if not asked:
         return ()
     return ("log_probs", "entropy", "is_top1") if asked is True else tuple(asked)
+
+
+def tracker(name: str) -> Callable[..., Any]:
+    """The class of Trainer's callback for a tracker: wandb, mlflow or tensorboard."""
+    from transformers.integrations import integration_utils
+
+    kinds = {"wandb": "WandbCallback", "mlflow": "MLflowCallback", "tensorboard": "TensorBoardCallback"}
+    return getattr(integration_utils, kinds[name])
 
 
 # ---- accelerate ----------------------------------------------------------------------------------------------------
@@ -454,12 +498,35 @@ def loader_of(module: nn.Module) -> Any:
     return loads[0] if loads else None
 
 
+def without_hooks(module: nn.Module, recurse: bool = False) -> nn.Module:
+    """A module as it is without accelerate's hooks, which are taken away; with `recurse` those of its parts, too."""
+    from accelerate.hooks import remove_hook_from_module
+
+    return remove_hook_from_module(module, recurse=recurse)
+
+
 # ---- torch: sharding, kernels --------------------------------------------------------------------------------------
 
 
 def is_sharded(base: nn.Module) -> bool:
     """Whether other processes hold parts of this model: torch's own mark."""
     return base.__dict__.get("_is_fsdp_managed_module", False)
+
+
+def is_shard(weight: Tensor) -> bool:
+    """Whether a weight is this process's part of one that several processes hold."""
+    if type(weight) is nn.Parameter:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)
+
+
+def sharded_parts(base: nn.Module) -> list[Any]:
+    """The modules of a model whose weights FSDP2 gathers together, the model itself first where it is one."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in base.modules() if isinstance(module, FSDPModule)]
 
 
 Kernel = tuple[Any, Any]
