@@ -339,6 +339,16 @@ def number_of_layers(base: PreTrainedModel) -> int:
     return getattr(text_config(base), "num_hidden_layers", None) or 0
 
 
+def possible_reaches(base: PreTrainedModel) -> set[int]:
+    """The numbers in a model's config that may be how far its layers see, by what they are called."""
+    return {
+        value
+        for name, value in text_config(base).to_dict().items()
+        if type(value) is int and value > 0 and any(each in name for each in ("window", "chunk", "local"))
+        if not any(each in name for each in ("layer", "pattern", "expert"))
+    }
+
+
 def query_heads(base: PreTrainedModel) -> int:
     """How many query heads a model's config says that it has; 0 where it does not say."""
     heads = getattr(text_config(base), "num_attention_heads", None)
