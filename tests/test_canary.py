@@ -51,8 +51,7 @@ def exact_or_refused(base: PreTrainedModel) -> bool:
     """Keys and values are refused, or those of real tokens are these tokens in the row; whether they are."""
     try:
         model = get_peft_model(base, PrefixTuningConfig(num_virtual_tokens=4)).eval()
-    except UnsupportedError as error:
-        assert type(base).__name__ in str(error)
+    except UnsupportedError:
         return False
     prompt, ids = ids_of(4), ids_of(9)
     with torch.no_grad():
@@ -143,9 +142,7 @@ def refused_keys(base: PreTrainedModel, *said: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["mistral_window", "gemma3", "cohere2"])
-def test_a_window_that_is_told_by_another_name_is_found_or_refused(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_window_by_another_name_is_found_or_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then no layer seems to have any."""
     inner = transformers_api.Asked.__init__
 
@@ -166,7 +163,7 @@ def llama4(chunk: int = 6) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("lost", ["chunk_of", "chunk_in", "both"])
-def test_chunks_that_are_told_by_another_name_are_found_or_refused(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_by_another_name_are_found_or_refused(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("chunk_of", "chunk_in") if lost == "both" else (lost,):
         monkeypatch.setattr(transformers_api, name, lambda _: None)
     exact_or_refused(llama4())
@@ -192,7 +189,7 @@ def test_positions_by_another_name_are_refused(monkeypatch: pytest.MonkeyPatch) 
     refused_keys(base)
 
 
-# ---- a family's own ----------------------------------------------------------------------------------------------------
+# ---- a family's own --------------------------------------------------------------------------------------------------
 
 
 def with_attention(forward: Callable[..., Any]) -> PreTrainedModel:
@@ -261,7 +258,7 @@ def test_queries_that_are_scaled_by_their_column_are_refused() -> None:
     refused_keys(with_attention(forward))
 
 
-# ---- when it is asked ----------------------------------------------------------------------------------------------------
+# ---- when it is asked ------------------------------------------------------------------------------------------------
 
 
 def test_verify_off_asks_nothing() -> None:

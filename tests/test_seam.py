@@ -7,7 +7,7 @@ keys of dictionaries are. Docstrings and messages may name what they like.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 SEAM = "transformers_api.py"
@@ -57,12 +57,16 @@ ALLOWED = {
 }
 
 
-def sources(root: Path) -> Iterator[tuple[str, ast.Module]]:
+@cache
+def sources(root: Path) -> list[tuple[str, list[ast.AST]]]:
+    """Each file of the package and all that stands in it."""
     package = root / "softprompt"
-    for path in sorted(package.rglob("*.py")):
-        name = path.relative_to(package).as_posix()
-        if name != SEAM and not name.startswith(OTHERS_OWN):
-            yield name, ast.parse(path.read_text(encoding="utf-8"))
+    named = {path.relative_to(package).as_posix(): path for path in sorted(package.rglob("*.py"))}
+    return [
+        (name, list(ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
+        for name, path in named.items()
+        if name != SEAM and not name.startswith(OTHERS_OWN)
+    ]
 
 
 def named(node: ast.AST) -> list[str]:
@@ -84,8 +88,8 @@ def named(node: ast.AST) -> list[str]:
 def test_nothing_else_names_what_other_libraries_keep_to_themselves(root: Path) -> None:
     found = [
         f"{source}:{getattr(node, 'lineno', 0)} {name}"
-        for source, tree in sources(root)
-        for node in ast.walk(tree)
+        for source, nodes in sources(root)
+        for node in nodes
         for name in named(node)
         if (name in NAMES or (name in KEYS and isinstance(node, ast.Constant))) and (source, name) not in ALLOWED
     ]
@@ -94,8 +98,8 @@ def test_nothing_else_names_what_other_libraries_keep_to_themselves(root: Path) 
 
 def test_nothing_else_imports_from_inside_other_libraries(root: Path) -> None:
     found = []
-    for source, tree in sources(root):
-        for node in ast.walk(tree):
+    for source, nodes in sources(root):
+        for node in nodes:
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for module in modules:
@@ -113,8 +117,8 @@ def test_nothing_else_looks_into_functions_and_modules_that_are_not_its_own(root
     """`inspect.signature` and `sys.modules` are for this package's own."""
     own = {("cli/flags.py", "signature"): "of commands", ("cli/output.py", "modules"): "the module of a method"}
     found = []
-    for source, tree in sources(root):
-        for node in ast.walk(tree):
+    for source, nodes in sources(root):
+        for node in nodes:
             if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
                 continue
             if (node.value.id, node.attr) in (("inspect", "signature"), ("sys", "modules")):
@@ -124,5 +128,5 @@ def test_nothing_else_looks_into_functions_and_modules_that_are_not_its_own(root
 
 def test_what_is_allowed_is_there(root: Path) -> None:
     """An exception that nothing needs any more goes."""
-    there = {(source, name) for source, tree in sources(root) for node in ast.walk(tree) for name in named(node)}
+    there = {(source, name) for source, nodes in sources(root) for node in nodes for name in named(node)}
     assert ALLOWED.keys() <= there
