@@ -156,7 +156,8 @@ def _scale(model: nn.Module, name: str, parameter: Tensor) -> float:
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, nn.Embedding):
         return 0.5
-    return 1 / math.sqrt(max(parameter[0].numel() if parameter.dim() != 3 else max(parameter.shape[1:]), 1))
+    inputs = max(parameter.shape[1:]) if parameter.dim() == 3 else parameter.shape[1:].numel()
+    return 1 / math.sqrt(max(inputs, 1))
 
 
 # ---- configs -----------------------------------------------------------------------------------------------------
@@ -184,9 +185,14 @@ def _names(config_class: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(config_class)}
 
 
+def _values(default: PreTrainedConfig) -> Options:
+    """A config's own fields, also those that differ from layer to layer (then of the layers that say nothing)."""
+    own = _names(type(default)) - _names(PreTrainedConfig)
+    return {name: vars(default).get(name) for name in own}
+
+
 def _parts(default: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
-    values = {name: getattr(default, name, None) for name in _names(type(default))}
-    return {name: value for name, value in values.items() if isinstance(value, PreTrainedConfig)}
+    return {name: value for name, value in _values(default).items() if isinstance(value, PreTrainedConfig)}
 
 
 def _of_kind(config_class: Any, kind: str) -> Options:
@@ -202,8 +208,7 @@ def _of_kind(config_class: Any, kind: str) -> Options:
 
 def shrunk(default: PreTrainedConfig) -> Options:
     """The fields of a config that are to be smaller, by their names."""
-    names = _names(type(default)) - _names(PreTrainedConfig)
-    values = {name: getattr(default, name, None) for name in names}
+    values = _values(default)
     options: Options = {}
     for name, value in values.items():
         if isinstance(value, int) and not isinstance(value, bool):
@@ -223,7 +228,8 @@ def _small(name: str, value: int, values: Options) -> int | None:
     if name == "head_dim" and _wide_heads(values):
         return 2 * HEAD
     if name in EXACT:
-        return min(value, EXACT[name]) if value > 0 else None
+        whole = name in _VOCABULARIES.split()  # every word that tests use must be there
+        return EXACT[name] if whole else min(value, EXACT[name]) if value > 0 else None
     return 16 if name.endswith(ENDINGS) and value > 16 else None
 
 
@@ -301,8 +307,82 @@ def _small_rope(rope: Options) -> Options:
 
 # ---- the exceptions ----------------------------------------------------------------------------------------------
 
-_START: dict[str, Options] = {}
-EXCEPTIONS: dict[str, Options] = {}
+_START: dict[str, Options] = {  # without which a config's own defaults do not fit each other
+    "gemma4_assistant": {"text_config": hf.Gemma4TextConfig(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)}
+}
+_EXPERTS_OF_FEW: Options = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1}
+_SHARING: Options = {  # Gemma's smaller ones, whose last layers use the keys of earlier ones
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
+_REFORMER: Options = {
+    "axial_pos_embds_dim": [16, 16],
+    "axial_pos_shape": [10, 16],
+    "attn_layers": ["local", "lsh"],
+    "lsh_attn_chunk_length": 4,
+    "local_attn_chunk_length": 4,
+    "num_buckets": 4,
+    "hash_seed": 0,
+    "num_hidden_layers": 2,
+}
+_XMOD: Options = {"default_language": "en_XX"}
+
+EXCEPTIONS: dict[str, Options] = {
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1], "num_hidden_layers": 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dory": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+    },
+    "dots1": _EXPERTS_OF_FEW,
+    "esm": {"vocab_size": VOCAB, "pad_token_id": PAD, "mask_token_id": 4},
+    "esmc": {"pad_token_id": PAD},
+    "gemma3n_text": {**_SHARING, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "intermediate_size": [INNER] * 4},
+    "gemma4_text": {**_SHARING, "global_head_dim": 16},
+    "gemma4_unified_text": {**_SHARING, "global_head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "layer_types": ["mamba", "attention"],
+        "num_hidden_layers": 2,
+    },
+    "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 1},
+    "hunyuan_v1_dense": {"head_dim": HEAD},
+    "hunyuan_v1_moe": {"head_dim": HEAD},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
+    "led": {"max_encoder_position_embeddings": 160, "attention_window": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 48},
+    "longcat_flash": {"head_dim": HEAD, "qk_head_dim": 2 * HEAD},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "ministral": {"head_dim": HEAD},
+    "mpnet": {"relative_attention_num_buckets": 32},
+    "nemotron": {"num_key_value_heads": 2},
+    "neomme": {"head_dim": 16, "hidden_size": 64},
+    "nystromformer": {"conv_kernel_size": 3, "num_landmarks": 4, "segment_means_seq_len": 4},
+    "perceiver": {"vocab_size": VOCAB, "num_latents": 8},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 2 * HEAD,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": _REFORMER,
+    "t5": {"decoder_start_token_id": PAD},
+    "xlstm": {"qk_dim_factor": 1.0, "num_blocks": 2},
+    "xmod": _XMOD,
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3},
+}
 
 
 def _encoder_decoder() -> PreTrainedConfig:
