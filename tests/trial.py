@@ -7,6 +7,7 @@ through its public interface alone. ``trial(name, kind)`` returns what came of e
 from __future__ import annotations
 
 import inspect
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +18,7 @@ import anyfamily
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import eager_mask
 
 import softprompt
 from softprompt import KV, SoftPromptError, SoftPromptModel
@@ -81,7 +81,7 @@ class Subject:
         if self.encodes and kind == "sequence":  # whose heads look for the end
             self.rows = [torch.cat([row[:, :-1], torch.tensor([[anyfamily.EOS]])], dim=1) for row in self.rows]
         self.written = [some(3) for _ in self.rows]
-        self.whole = [self.bare(torch.cat([self.prompt, row], dim=1), number) for number, row in enumerate(self.rows)]
+        self.whole = [self.bare(row, number) for number, row in enumerate(self.rows)]
         self.facts = self._facts()
 
     def _fresh(self) -> PreTrainedModel:
@@ -93,12 +93,28 @@ class Subject:
 
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {}
-        shifted = self.bare(torch.cat([self.prompt, self.rows[1] + 1], dim=1), 1)
+        other = torch.cat([self.rows[1][:, :-1] + 1, self.rows[1][:, -1:]], dim=1)
+        shifted = self.bare(other, 1)
         facts["prompt is seen"] = difference(self.whole[1], self._outputs(self.base, self.rows[1], 1)) > 1e-3
         facts["row is seen"] = difference(self.whole[1], shifted) > 1e-3
+        facts["bare takes vectors"] = self._bare_takes_vectors()
+        facts["bare repeats itself"] = difference(self.whole[1], self.bare(self.rows[1], 1)) < TOLERANCE
         for side in ("left", "right"):
             facts[f"bare takes {side} padding"] = self._bare_takes(side)
         return facts
+
+    @torch.no_grad()
+    def _bare_takes_vectors(self) -> bool:
+        """Whether the bare model says of a row's embeddings what it says of its ids."""
+        both = torch.cat([self.prompt, self.rows[1]], dim=1)
+        try:
+            words = self.base.get_input_embeddings()(both)
+            mask = torch.ones_like(both)
+            found = self.base(inputs_embeds=words, attention_mask=mask, **self._extra(1)).logits[0]
+            wanted = self._outputs(self.base, both, 1)
+        except Exception:
+            return False
+        return difference(wanted, found) < TOLERANCE
 
     @torch.no_grad()
     def _bare_takes(self, side: str) -> bool:
@@ -138,9 +154,17 @@ class Subject:
         output = model(input_ids=ids, attention_mask=mask, **self._extra(number), **more).logits
         return output if number is None else output[0]
 
-    def bare(self, ids: Tensor, number: int) -> Tensor:
-        """What the bare model says of prompt and row, of the row's own columns."""
-        output = self._outputs(self.base, ids, number)
+    @torch.no_grad()
+    def bare(self, row: Tensor, number: int) -> Tensor:
+        """What the bare model says of the prompt's tokens and a row, of the row's own columns.
+
+        Where a head gives a decoder the row as well, the prompt stands before the encoder alone.
+        """
+        both = torch.cat([self.prompt, row], dim=1)
+        if self.encodes and not self.decodes:
+            encoded = self.base.get_encoder()(input_ids=both, attention_mask=torch.ones_like(both))
+            return self._outputs(self.base, row, number, torch.ones_like(both), encoder_outputs=encoded)
+        output = self._outputs(self.base, both, number)
         return output[TOKENS:] if self.per_token and not self.decodes else output
 
     # ---- the trials ----------------------------------------------------------------------------------------------
@@ -248,14 +272,15 @@ class Subject:
         options = {"max_new_tokens": STEPS, "do_sample": False, "num_beams": 1, "pad_token_id": anyfamily.PAD}
         if prefixes is not None:
             self._same_or_not_here(prefixes)
-        wanted = []
+        wanted, other = [self._greedy(row) for row in self.rows], []
         for row in self.rows:
             both = torch.cat([self.prompt, row], dim=1)
             try:
                 said = self.base.generate(both, attention_mask=torch.ones_like(both), **options)
             except Exception as error:
                 raise NotHere(f"the bare model does not generate: {_first_line(error)}") from error
-            wanted.append(said[0, both.shape[1] :])
+            other.append(said[0, both.shape[1] :])
+        self.facts["bare generates what it says"] = _all_equal(wanted, other)
         if batched:
             ids, mask, _ = padded(self.rows, "left")
             said = model.generate(input_ids=ids, attention_mask=mask, **options)
@@ -265,8 +290,19 @@ class Subject:
             for row in self.rows:
                 said = model.generate(input_ids=row, attention_mask=torch.ones_like(row), **options)
                 found.append(said[0, row.shape[1] :])
-        same = all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
-        return 0.0 if same else 1.0
+        return 0.0 if _all_equal(wanted, found) or _all_equal(other, found) else 1.0
+
+    @torch.no_grad()
+    def _greedy(self, row: Tensor) -> Tensor:
+        """The likeliest next tokens after prompt and row, everything computed anew for each."""
+        ids = torch.cat([self.prompt, row], dim=1)
+        for _ in range(STEPS):
+            ids = torch.cat([ids, self._outputs(self.base, ids, 0)[-1:].argmax(-1)[None]], dim=1)
+        return ids[0, -STEPS:]
+
+
+def _all_equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
 @dataclass
@@ -329,16 +365,15 @@ class Prefixes:
     def _kept(self) -> Any:
         """A cache that holds the tokens in its attention layers alone, where there are other layers; else None."""
         base = self.subject.base
-        if "past_key_values" not in inspect.signature(base.forward).parameters:
-            return None
         try:
-            full = base(input_ids=self.subject.prompt, use_cache=True).past_key_values
+            full = base.base_model(input_ids=self.subject.prompt, use_cache=True).past_key_values
             layers = full.layers
         except Exception:
             return None
-        if not any(_has_state(layer) for layer in layers):
+        if not any(_has_state(layer) for layer in layers) and type(full) is DynamicCache:
             return None
-        kept = DynamicCache(config=base.config.get_text_config(decoder=True))
+        plain = type(full) is DynamicCache
+        kept = DynamicCache(config=base.config.get_text_config(decoder=True)) if plain else type(full)()
         for index, layer in enumerate(layers):
             if isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.numel():
                 kept.update(layer.keys[:, :, :TOKENS], layer.values[:, :, :TOKENS], index)
@@ -372,7 +407,8 @@ class Prefixes:
 
 
 def _has_state(layer: Any) -> bool:
-    return any(name in type(layer).__name__ for name in ("Linear", "Mamba", "Conv", "Recurrent", "Hybrid"))
+    """Whether a layer of a cache holds anything but keys and values."""
+    return not hasattr(layer, "keys") or any("Linear" in kind.__name__ for kind in type(layer).__mro__)
 
 
 @torch.no_grad()
@@ -380,7 +416,10 @@ def _causal(subject: Subject) -> bool:
     """Whether the first token's state does not depend on the second."""
     body, states = subject.base.base_model, []
     for second in (20, 30):
-        states.append(body(input_ids=torch.tensor([[12, second, 14]]))[0][0, 0])
+        try:
+            states.append(body(input_ids=torch.tensor([[12, second, 14]]))[0][0, 0])
+        except Exception as error:
+            raise NotHere(f"the bare model's body does not run alone: {_first_line(error)}") from error
     return difference(*states) < 1e-4
 
 
@@ -391,10 +430,11 @@ def recorded(base: PreTrainedModel) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         pairs.append((key, value))
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+        own = [getattr(sys.modules[kind.__module__], "eager_attention_forward", None) for kind in type(module).__mro__]
+        return next(each for each in own if each is not None)(module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register("trial", attend)
-    AttentionMaskInterface.register("trial", sdpa_mask)
+    AttentionMaskInterface.register("trial", eager_mask)
     configs = {id(part.config): part.config for part in base.modules() if isinstance(part, PreTrainedModel)}.values()
     before = [(config, config._attn_implementation) for config in configs]
     for config in configs:
