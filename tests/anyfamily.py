@@ -308,7 +308,9 @@ def _small_rope(rope: Options) -> Options:
 # ---- the exceptions ----------------------------------------------------------------------------------------------
 
 _START: dict[str, Options] = {  # without which a config's own defaults do not fit each other
-    "gemma4_assistant": {"text_config": hf.Gemma4TextConfig(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)}
+    "gemma4_assistant": {
+        "text_config": hf.Gemma4TextConfig(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)
+    }
 }
 _EXPERTS_OF_FEW: Options = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1}
 _SHARING: Options = {  # Gemma's smaller ones, whose last layers use the keys of earlier ones
@@ -343,7 +345,11 @@ EXCEPTIONS: dict[str, Options] = {
     "dots1": _EXPERTS_OF_FEW,
     "esm": {"vocab_size": VOCAB, "pad_token_id": PAD, "mask_token_id": 4},
     "esmc": {"pad_token_id": PAD},
-    "gemma3n_text": {**_SHARING, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "intermediate_size": [INNER] * 4},
+    "gemma3n_text": {
+        **_SHARING,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "intermediate_size": [INNER] * 4,
+    },
     "gemma4_text": {**_SHARING, "global_head_dim": 16},
     "gemma4_unified_text": {**_SHARING, "global_head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
@@ -383,7 +389,17 @@ EXCEPTIONS: dict[str, Options] = {
     "t5": {"decoder_start_token_id": PAD},
     "xlstm": {"qk_dim_factor": 1.0, "num_blocks": 2},
     "xmod": _XMOD,
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 6,
+        "layers_block_type": ["linear_attention", "hybrid"] * 3,
+    },
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 6,
+        "layers_block_type": ["linear_attention", "hybrid"] * 3,
+    },
 }
 
 

@@ -52,7 +52,7 @@ def trial(name: str, kind: str) -> dict[str, Any]:
     try:
         subject = Subject(name, kind)
     except BaseException as error:
-        return result | {"problem": _first_line(error), "facts": {"where": frames(error)}}
+        return result | {"problem": first_line(error), "facts": {"where": frames(error)}}
     result["facts"] = subject.facts
     for method in CONFIGS:
         result["rows"] += [asdict(found) for found in subject.run(method)]
@@ -189,7 +189,7 @@ class Subject:
             return Found(method, comparison, NOT_TRIED, message=str(error))
         if isinstance(error, SoftPromptError):
             return Found(method, comparison, REFUSED, message=str(error))
-        return Found(method, comparison, RAW, message=_first_line(error), where=frames(error))
+        return Found(method, comparison, RAW, message=first_line(error), where=frames(error))
 
     def wrapped(self, method: str) -> SoftPromptModel:
         """The model with a prompt that is not yet made of real tokens."""
@@ -257,7 +257,7 @@ class Subject:
             try:
                 wanted = self.base(input_ids=both, labels=labels).loss
             except Exception as error:
-                raise NotHere(f"the bare model gives no loss: {_first_line(error)}") from error
+                raise NotHere(f"the bare model gives no loss: {first_line(error)}") from error
             found = model(input_ids=row, attention_mask=torch.ones_like(row), labels=row.clone()).loss
         if wanted is None or found is None:
             raise NotHere("the model gives no loss")
@@ -278,7 +278,7 @@ class Subject:
             try:
                 said = self.base.generate(both, attention_mask=torch.ones_like(both), **options)
             except Exception as error:
-                raise NotHere(f"the bare model does not generate: {_first_line(error)}") from error
+                raise NotHere(f"the bare model does not generate: {first_line(error)}") from error
             other.append(said[0, both.shape[1] :])
         self.facts["bare generates what it says"] = _all_equal(wanted, other)
         if batched:
@@ -358,7 +358,7 @@ class Prefixes:
             try:
                 output = base(input_ids=row, attention_mask=mask, past_key_values=kept, **more).logits[0]
             except Exception as error:
-                raise NotHere(f"the bare model takes no such cache: {_first_line(error)}") from error
+                raise NotHere(f"the bare model takes no such cache: {first_line(error)}") from error
         return output, Pick(subject.per_token)
 
     @torch.no_grad()
@@ -419,7 +419,7 @@ def _causal(subject: Subject) -> bool:
         try:
             states.append(body(input_ids=torch.tensor([[12, second, 14]]))[0][0, 0])
         except Exception as error:
-            raise NotHere(f"the bare model's body does not run alone: {_first_line(error)}") from error
+            raise NotHere(f"the bare model's body does not run alone: {first_line(error)}") from error
     return difference(*states) < 1e-4
 
 
@@ -470,6 +470,6 @@ def frames(error: BaseException) -> list[str]:
     return [*(f"softprompt/{each}" for each in own[-1:]), *("/".join(each.split("/")[-2:]) for each in found[-1:])]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
