@@ -45,9 +45,8 @@ def bad(results: list[dict[str, Any]]) -> list[str]:
         for method in METHODS if not result["problem"] else ():
             came = outcome(result, method)
             if not came.good:
-                found.append(
-                    f"{result['class']} {method} {came.word}: {', '.join(came.places)} {' '.join(came.reasons)}"
-                )
+                why = " ".join(came.reasons)
+                found.append(f"{result['class']} {method} {came.word}: {', '.join(came.places)} {why}")
     return found
 
 

@@ -395,11 +395,6 @@ EXCEPTIONS: dict[str, Options] = {
         "num_hidden_layers": 6,
         "layers_block_type": ["linear_attention", "hybrid"] * 3,
     },
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-        "num_hidden_layers": 6,
-        "layers_block_type": ["linear_attention", "hybrid"] * 3,
-    },
 }
 
 

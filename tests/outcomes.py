@@ -1,4 +1,4 @@
-"""What came of the trials of a class, in one word per method; docs/support.md is written from it and tested against it."""
+"""What came of the trials of a class, in one word per method: what docs/support.md says, and is tested against."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class NotHere(Exception):
 
 
 def trial(name: str, kind: str) -> dict[str, Any]:
-    """Every comparison for a class: `{"class", "kind", "problem", "facts", "rows"}`, `problem` if it cannot be tried."""
+    """Every comparison for a class: "class", "kind", "facts", "rows", and "problem" if it cannot be tried."""
     result: dict[str, Any] = {"class": name, "kind": kind, "problem": "", "facts": {}, "rows": []}
     try:
         subject = Subject(name, kind)
