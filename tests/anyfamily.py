@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import math
 from typing import Any
 
@@ -169,7 +168,7 @@ def tiny_config(config_class: Any, kind: str) -> PreTrainedConfig:
     make = WHOLE.get(model_type)
     if make is not None:
         return make()
-    return _tiny(config_class, config_class(**_START.get(model_type, {})), kind)
+    return _tiny(config_class, config_class(), kind)
 
 
 def _tiny(config_class: Any, default: PreTrainedConfig, kind: str) -> PreTrainedConfig:
@@ -307,11 +306,6 @@ def _small_rope(rope: Options) -> Options:
 
 # ---- the exceptions ----------------------------------------------------------------------------------------------
 
-_START: dict[str, Options] = {  # without which a config's own defaults do not fit each other
-    "gemma4_assistant": {
-        "text_config": hf.Gemma4TextConfig(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)
-    }
-}
 _EXPERTS_OF_FEW: Options = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1}
 _SHARING: Options = {  # Gemma's smaller ones, whose last layers use the keys of earlier ones
     "num_hidden_layers": 4,
