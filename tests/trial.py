@@ -7,6 +7,7 @@ through its public interface alone. ``trial(name, kind)`` returns what came of e
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ TOKENS, LENGTHS, STEPS = 4, (3, 6), 4
 TOLERANCE = 1e-3  # of the largest number that is compared
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None, "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
 CONFIGS = {"prompt_tuning": softprompt.PromptTuningConfig, "prefix_tuning": softprompt.PrefixTuningConfig}
+PACKAGE = os.path.dirname(softprompt.__file__)
 Pairs = list[tuple[Tensor, Tensor]]
 RIGHT, REFUSED, WRONG, RAW, NOT_TRIED = "right", "refused", "wrong", "raw", "not tried"
 
@@ -57,6 +59,7 @@ def trial(name: str, kind: str) -> dict[str, Any]:
     result["facts"] = subject.facts
     for method in CONFIGS:
         result["rows"] += [asdict(found) for found in subject.run(method)]
+    result["rows"] += [asdict(found) for found in subject.checked()]
     return result
 
 
@@ -185,12 +188,29 @@ class Subject:
             right = found < TOLERANCE  # (a number that is none is not)
             yield Found(method, comparison, RIGHT if right else WRONG, found)
 
+    def checked(self) -> Iterator[Found]:
+        """What the library itself says of the model."""
+        check = getattr(softprompt, "check", None)
+        if check is None:
+            return
+        try:
+            report = check(self.fresh())
+        except BaseException as error:
+            for method in CONFIGS:
+                yield self._caught(method, "check", error)
+            return
+        words = {"equal": RIGHT, "differs": WRONG, "refused": REFUSED, "not tried": NOT_TRIED}
+        for row in report.rows:
+            comparison = f"check: {row.comparison}"
+            yield Found(row.method, comparison, words[row.status], row.difference, row.message or "")
+
     def _caught(self, method: str, comparison: str, error: BaseException) -> Found:
         if isinstance(error, NotHere):
             return Found(method, comparison, NOT_TRIED, message=str(error))
         if isinstance(error, SoftPromptError):
             return Found(method, comparison, REFUSED, message=str(error))
-        return Found(method, comparison, RAW, message=first_line(error), where=frames(error))
+        word = RAW if ours(error) else NOT_TRIED
+        return Found(method, comparison, word, message=first_line(error), where=frames(error))
 
     def wrapped(self, method: str) -> SoftPromptModel:
         """The model with a prompt that is not yet made of real tokens."""
@@ -496,8 +516,13 @@ def difference(wanted: Tensor, found: Tensor) -> float:
 def frames(error: BaseException) -> list[str]:
     """The last frame of the library's that an exception went through, and the last of all."""
     found = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
-    own = [each.partition("/softprompt/")[2] for each in found if "/softprompt/" in each and "site-pack" not in each]
-    return [*(f"softprompt/{each}" for each in own[-1:]), *("/".join(each.split("/")[-2:]) for each in found[-1:])]
+    own = [f"softprompt{each.removeprefix(PACKAGE)}" for each in found if each.startswith(PACKAGE)]
+    return [*own[-1:], *("/".join(each.split("/")[-2:]) for each in found[-1:])]
+
+
+def ours(error: BaseException) -> bool:
+    """Whether an exception went through the library, and not only through the bare model."""
+    return any(frame.filename.startswith(PACKAGE) for frame in traceback.extract_tb(error.__traceback__))
 
 
 def first_line(error: BaseException) -> str:
