@@ -12,6 +12,7 @@ from typing import Any
 
 import anyfamily
 import trial
+import trial_tools
 
 METHODS = ("prompt_tuning", "prefix_tuning")
 KIND_OF_CHECK = {"vectors": "prompt_tuning", "prefix": "prefix_tuning"}
@@ -89,7 +90,7 @@ def walk(every: int = 1) -> Iterator[dict[str, Any]]:
             try:
                 anyfamily.find(name)  # imported here, once for all processes
             except Exception as error:
-                problem = trial.first_line(error)
+                problem = trial_tools.first_line(error)
                 yield {"class": name, "kind": kind, "problem": problem, "facts": {}, "rows": []}
                 continue
             yield guarded(name, kind)
