@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE = 1
 # Threads that wait by spinning make training many times slower on cores that are shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo serve-demo test lint types test-floor test-vllm bench bench-quality bench-serving docs readme clean
+.PHONY: help setup demo serve-demo test lint types test-floor test-vllm bench bench-quality bench-serving docs readme support clean
 
 help:
 	@echo "make demo        train a prefix on the embedded model, save, reload, generate, report (OUT=$(OUT))"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench-quality  the tables of what the prompts learn: hours"
 	@echo "make bench-serving  the tables of the servers: throughput, first token, load and faults"
 	@echo "make docs        docs/first-run.md from a real run of the demo"
+	@echo "make support     docs/support.md: every language model class of transformers, tried: minutes"
 	@echo "make readme      the generated parts of README.md: tables, methods, tree"
 	@echo "make clean       remove what the other targets made"
 
@@ -110,8 +111,11 @@ docs: $(VENV)/.run
 	$(BIN)/python scripts/record_first_run.py
 	$(BIN)/python scripts/fill_readme.py
 
+support: $(VENV)/.run
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/make_support.py
+
 readme: $(VENV)/.run
-	$(BIN)/python scripts/make_support.py
+	$(BIN)/python scripts/make_support.py --methods
 	$(BIN)/python scripts/fill_readme.py
 
 clean:
