@@ -70,12 +70,23 @@ def place_of(module: nn.Module) -> torch.device:
     )
 
 
+def words_of(base: Any) -> nn.Module:
+    """The input embeddings that a prompt's vectors stand among: of two stacks the encoder's, which may be its own."""
+    words = base.get_input_embeddings()
+    if not base.config.is_encoder_decoder or not hasattr(base, "get_encoder"):
+        return words
+    inner = base.get_encoder()
+    own = inner.get_input_embeddings() if isinstance(inner, nn.Module) and inner is not base else words
+    same = isinstance(own, nn.Embedding) and tuple(own.weight.shape) == tuple(words.weight.shape)
+    return own if same else words
+
+
 def word_table(base: Any) -> Tensor:
     """The weight of the input embeddings `[V, d]`; its device and type are those a prompt enters in.
 
     Where it is elsewhere it has shape, device and type alone, and NaN for numbers; `embed_words` gives those.
     """
-    words = base.get_input_embeddings()
+    words: Any = words_of(base)
     weight = words.weight
     assert isinstance(weight, Tensor)
     if not weight.is_meta and not (sharded(base) and _is_part(weight)):
@@ -97,7 +108,7 @@ def embed_words(words: nn.Module, ids: Sequence[int] | Tensor) -> Tensor:
 
 def all_words(base: Any) -> Tensor:
     """What the input embeddings give for every token, `[V, d]`, a copy on the CPU. As for `embed_words`."""
-    words = base.get_input_embeddings()
+    words: Any = words_of(base)
     return embed_words(words, torch.arange(words.weight.shape[0])).to("cpu", copy=True)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from softprompt import transformers_api as api
 from softprompt.config import KVConfig, Placement
-from softprompt.elsewhere import at_hand, dispatched, embed_words, sharded, word_table
+from softprompt.elsewhere import at_hand, dispatched, embed_words, sharded, word_table, words_of
 from softprompt.errors import ConfigError, SoftPromptError, UnsupportedError
 from softprompt.injection.attention_kv import AttentionWay, is_encoder_decoder
 from softprompt.injection.cache_kv import CacheWay, fills_cache
@@ -299,7 +299,7 @@ def refuses_vectors(base: PreTrainedModel) -> str:
     body = api.own(base)
     if not api.takes(body.forward, "inputs_embeds"):
         return f"{type(base).__name__} takes no vectors in place of words"
-    vectors = 1.5 * embed_words(base.get_input_embeddings(), plain_ids(base, 2))  # no words
+    vectors = 1.5 * embed_words(words_of(base), plain_ids(base, 2))  # no words
     inputs: dict[str, Any] = {"inputs_embeds": vectors}
     if is_encoder_decoder(base):
         inputs["decoder_input_ids"] = plain_ids(base, 2)

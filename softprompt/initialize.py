@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softprompt.config import KVConfig
-from softprompt.elsewhere import embed_words, place_of
+from softprompt.elsewhere import embed_words, place_of, words_of
 from softprompt.errors import ConfigError
 from softprompt.facts import record
 from softprompt.model import SoftPromptModel
@@ -119,7 +119,7 @@ def initialize_from_text(model: SoftPromptModel, tokenizer: Any, text: str, adap
         assert isinstance(encoder, EmbeddingPrompt)
         count = encoder.embedding.num_embeddings
         _check_enough(ids, count)
-        target = embed_words(model.base_model.get_input_embeddings(), ids[:count]).float()
+        target = embed_words(words_of(model.base_model), ids[:count]).float()
     encoder.start_from(target)
     return float((encoder.saved_vectors() - target).norm() / target.norm().clamp(min=1e-30))
 

@@ -16,7 +16,7 @@ from softprompt.batch import run_for
 from softprompt.batch.find import BASE, placement_of
 from softprompt.call import Call, check_count
 from softprompt.config import PromptConfig
-from softprompt.elsewhere import at_hand, word_table
+from softprompt.elsewhere import at_hand, word_table, words_of
 from softprompt.disabling import disabled, disabling
 from softprompt.errors import ConfigError
 from softprompt.facts import Facts
@@ -110,7 +110,7 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         return replace(filled, base_model_name_or_path=name, modules_to_save=with_default_heads(config))
 
     def _build(self, config: PromptConfig) -> SoftPrompt:
-        encoder = method_of(config)(config, self.base_model.get_input_embeddings())
+        encoder = method_of(config)(config, words_of(self.base_model))
         return encoder.to(device=word_table(self.base_model).device, dtype=torch.float32)
 
     def _install(self, name: str, config: PromptConfig, encoder: SoftPrompt) -> None:
