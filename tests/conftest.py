@@ -20,6 +20,21 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the cells that pairwise selection leaves out")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without `--full`, or a test's own name, whatever is marked `full` is left out."""
+    if config.getoption("--full"):
+        return
+    named = tuple(argument for argument in config.args if "::" in argument)
+    left_out = [item for item in items if item.get_closest_marker("full") and not item.nodeid.endswith(named)]
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)
