@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import random
 from pathlib import Path
 
+import pairs
 import pytest
 import tiny
 import torch
@@ -25,14 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without `--full`, or a test's own name, whatever is marked `full` is left out."""
+    """Without `--full`, what is marked `full` and what `pairwise` tests do not need is left out, unless it is named."""
     if config.getoption("--full"):
         return
     named = tuple(argument for argument in config.args if "::" in argument)
-    left_out = [item for item in items if item.get_closest_marker("full") and not item.nodeid.endswith(named)]
-    config.hook.pytest_deselected(items=left_out)
-    gone = set(left_out)
-    items[:] = [item for item in items if item not in gone]
+    left_out = {item for item in pairs.left_out(items) if not item.nodeid.endswith(named)}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

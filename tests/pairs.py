@@ -1,13 +1,15 @@
 """Which cells of a grid run by default: few of them, with every pair of values of any two of its axes.
 
-``@pytest.mark.parametrize("cell", pairs.default(CELLS, lambda cell: (cell.family, cell.method)))`` keeps every cell
-and marks those that the others stand for as ``full``: they run with ``--full`` only (`make test-full`).
+A test that is marked ``pairwise`` runs in those of its cells that `choose` takes: each parameter is an axis, or each
+field of one that is a dataclass. `default` marks the others itself, where a grid has axes of another kind. With
+``--full`` (`make test-full`) every cell runs. conftest.py sees to both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from itertools import combinations, product
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from itertools import combinations
 from typing import Any, TypeVar
 
 import pytest
@@ -26,22 +28,36 @@ def choose(cells: Iterable[Cell], axes: Axes[Cell], together: int = 2) -> list[C
     pairs = [set(combinations(enumerate(axes(cell)), together)) for cell in every]
     missing, chosen = set().union(*pairs), []
     while missing:
-        new = [len(each & missing) for each in pairs]
-        best = max(range(len(every)), key=new.__getitem__)
+        for each in pairs:
+            each &= missing
+        best = max(range(len(every)), key=lambda index: len(pairs[index]))
         missing -= pairs[best]
         chosen.append(best)
     return [every[index] for index in sorted(chosen)]
 
 
-def default(cells: Iterable[Cell], axes: Axes[Cell], together: int = 2) -> list[Any]:
-    """All cells as parameters, those that `choose` leaves out marked ``full``."""
+def default(cells: Iterable[Any], axes: Axes[Any], together: int = 2) -> list[Any]:
+    """All cells as parameters (tuples as several), those that `choose` leaves out marked ``full``."""
     every = list(cells)
     chosen = {id(cell) for cell in choose(every, axes, together)}
-    return [cell if id(cell) in chosen else pytest.param(cell, marks=pytest.mark.full) for cell in every]
+    return [
+        cell if id(cell) in chosen else pytest.param(*(cell if type(cell) is tuple else [cell]), marks=pytest.mark.full)
+        for cell in every
+    ]
 
 
-def grid(*values: Iterable[Any], axes: Axes[Any] = tuple, together: int = 2) -> list[Any]:
-    """The product of some values as parameters of as many names; `axes` of a cell, which is a tuple of them."""
-    cells = list(product(*values))
-    chosen = set(choose(cells, axes, together))
-    return [cell if cell in chosen else pytest.param(*cell, marks=pytest.mark.full) for cell in cells]
+def left_out(items: Iterable[Any]) -> set[Any]:
+    """The tests that run with `--full` only."""
+    found, cells = set(), {}
+    for item in items:
+        if item.get_closest_marker("full"):
+            found.add(item)
+        elif item.get_closest_marker("pairwise"):
+            cells.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return found.union(*({*every} - {*choose(every, _axes)} for every in cells.values()))
+
+
+def _axes(item: Any) -> Iterator[Hashable]:
+    for value in item.callspec.params.values():
+        parts = [getattr(value, field.name) for field in fields(value)] if is_dataclass(value) else [value]
+        yield from (part if isinstance(part, Hashable) else repr(part) for part in parts)

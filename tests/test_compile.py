@@ -1,6 +1,7 @@
 """`torch.compile(fullgraph=True)` of whole training and decoding steps: as in eager mode, and compiled once."""
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import hf_cache
@@ -84,7 +85,7 @@ def check_training(model: SoftPromptModel, method: str, side: str, backend: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "method"), pairs.grid(FAMILIES, METHODS, axes=axes, together=1))
+@pytest.mark.parametrize(("family", "method"), pairs.default(product(FAMILIES, METHODS), axes, together=1))
 def test_a_training_step(family: str, method: str) -> None:
     check_training(make(family, method), method, FAMILIES[family], "aot_eager")
 
@@ -124,7 +125,7 @@ def check_decoding(model: SoftPromptModel, backend: str, more: dict[str, Tensor]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "method", "frozen"), pairs.grid(FAMILIES, METHODS, [False, True], axes=axes, together=1)
+    ("family", "method", "frozen"), pairs.default(product(FAMILIES, METHODS, [False, True]), axes, together=1)
 )
 def test_a_decoding_step_on_a_static_cache(family: str, method: str, frozen: bool) -> None:
     model = make(family, method).eval()

@@ -60,6 +60,7 @@ def test_the_page_about_peft_shows_the_grid(root: Path) -> None:
     assert shown.splitlines() == peft_cells.grid()
 
 
+@pytest.mark.pairwise
 @each
 def test_from_peft(tmp_path: Path, cell: Cell) -> None:
     one_part = {"num_transformer_submodules": 1} if cell.method == "MULTITASK_PROMPT_TUNING" else {}  # see below
@@ -68,6 +69,7 @@ def test_from_peft(tmp_path: Path, cell: Cell) -> None:
     assert_same(cell, cell.load_ours(tmp_path), theirs)
 
 
+@pytest.mark.pairwise
 @each
 def test_to_peft(tmp_path: Path, cell: Cell) -> None:
     """And PEFT takes the file without a word."""
@@ -80,6 +82,7 @@ def test_to_peft(tmp_path: Path, cell: Cell) -> None:
     assert_same(cell, ours, cell.load_ours(tmp_path / "back"))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("cell", REFUSED, ids=str)
 def test_peft_refuses(tmp_path: Path, cell: Cell) -> None:
     """What PEFT cannot run runs here, unless it cannot be; a file of ours loads there, and one of theirs here."""
