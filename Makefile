@@ -11,13 +11,16 @@ PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export HF_HUB_OFFLINE = 1
 # Threads that wait by spinning make training many times slower on cores that are shared.
 export OMP_WAIT_POLICY ?= passive
+# Without its own files of compiled code Python would compile torch and transformers again in every process.
+export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup demo serve-demo test lint types test-floor test-vllm bench bench-quality bench-serving docs readme support clean
+.PHONY: help setup demo serve-demo test test-full lint types test-floor test-vllm bench bench-quality bench-serving docs readme support test-newest clean
 
 help:
 	@echo "make demo        train a prefix on the embedded model, save, reload, generate, report (OUT=$(OUT))"
 	@echo "make serve-demo  train three prompts for the embedded model and serve them (PORT=$(PORT))"
-	@echo "make test        lint, types, all tests"
+	@echo "make test        lint, types, the tests: of the large grids the cells that have every pair of values"
+	@echo "make test-full   lint, types, the tests with every cell of the grids"
 	@echo "make test-floor  the tests on the lowest supported versions, in their own environment"
 	@echo "make test-vllm   the tests of the vLLM engine, in their own environment"
 	@echo "make bench       the tables of speed and memory (SPEED=--quick: minutes; SPEED='--device cuda': on a GPU)"
@@ -57,6 +60,9 @@ types: $(VENV)/.dev
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+test-full: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --full
 
 test-floor:
 	$(MAKE) VENV='$(VENV)-floor' floor

@@ -51,6 +51,7 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 # ---- positions ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", FEW)
@@ -82,6 +83,7 @@ def test_positions_that_leave_a_gap(method: str, labelled: bool) -> None:
     close(model(input_ids=ids, position_ids=positions, **more).logits, expected)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", FEW)
@@ -99,6 +101,7 @@ def test_packed_rows(family: str, method: str, labelled: bool) -> None:
 # ---- masks and inputs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("method", [*TWO_KINDS, "p_tuning"])
@@ -132,6 +135,7 @@ def _as(kind: str, visible: Tensor) -> Tensor:
     return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", [*FEW, "bert"])
@@ -159,6 +163,7 @@ def test_backends_agree(family: str, method: str) -> None:
 # ---- caches ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", tiny.DECODERS)
@@ -188,6 +193,7 @@ def test_a_cache_without_a_mask(method: str) -> None:
     close(torch.cat([first.logits, second.logits], dim=1), naive.logits(model, ids)[0])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", FEW)
@@ -230,6 +236,7 @@ def test_windows_while_decoding_with_a_cache(method: str) -> None:
 # ---- gradient checkpointing --------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("before_wrapping", [True, False])
 @pytest.mark.parametrize("method", METHODS)
@@ -285,6 +292,7 @@ def _fail_inside(base: PreTrainedModel) -> Any:
     return base.base_model.register_forward_hook(hook)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("call", ["forward", "loss", "generate", "fold"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

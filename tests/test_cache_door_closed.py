@@ -37,6 +37,7 @@ from softprompt.injection.cache_kv import CacheWay, Recording
 # ---- gradient checkpointing --------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("before_wrapping", [True, False])
 @pytest.mark.parametrize("method", METHODS)
@@ -111,6 +112,7 @@ def _fail_inside(base: PreTrainedModel) -> Any:
     return base.base_model.register_forward_hook(hook)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("call", ["forward", "loss", "generate", "fold"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", FEW)

@@ -215,6 +215,7 @@ REACHED = [(family, kind) for family in IN_FRONT for kind in ("vectors", "keys")
 ]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("which", [0, 2, 3])
 @pytest.mark.parametrize(("family", "kind"), REACHED)
 def test_a_row_never_sees_another_rows_prompt(family: str, kind: str, which: int) -> None:
