@@ -21,7 +21,14 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from softprompt import transformers_api as api
 from softprompt.errors import UnsupportedError
+<<<<<<< HEAD
 from softprompt.transformers_api import loader_of
+=======
+from softprompt.vocabulary import check_ids
+
+_SHARDED = "_is_fsdp_managed_module"  # torch's own mark on a module whose parameters are spread over processes
+_HOOK = "_hf_hook"  # where accelerate keeps what it does before and after a module's forward
+>>>>>>> wt-fixes
 
 
 def sharded(base: nn.Module) -> bool:
@@ -70,6 +77,7 @@ def place_of(module: nn.Module) -> torch.device:
     )
 
 
+<<<<<<< HEAD
 def words_of(base: Any) -> nn.Module:
     """The input embeddings that a prompt's vectors stand among: of two stacks the encoder's, which may be its own."""
     words = base.get_input_embeddings()
@@ -79,6 +87,19 @@ def words_of(base: Any) -> nn.Module:
     own = inner.get_input_embeddings() if isinstance(inner, nn.Module) and inner is not base else words
     same = isinstance(own, nn.Embedding) and tuple(own.weight.shape) == tuple(words.weight.shape)
     return own if same else words
+=======
+def batch_on(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch, made on the CPU, where a model computes. ConfigError for ids that it has no word embedding for.
+
+    On a GPU such an id would end the process, not the call.
+    """
+    base = getattr(model, "base_model", model)
+    for name in ("input_ids", "decoder_input_ids") if hasattr(base, "get_input_embeddings") else ():
+        if name in batch:
+            check_ids(base.get_input_embeddings(), batch[name])
+    device = place_of(model)
+    return {name: value.to(device) for name, value in batch.items()}
+>>>>>>> wt-fixes
 
 
 def word_table(base: Any) -> Tensor:
@@ -97,7 +118,11 @@ def word_table(base: Any) -> Tensor:
 
 @torch.no_grad()
 def embed_words(words: nn.Module, ids: Sequence[int] | Tensor) -> Tensor:
-    """What the input embeddings `words` give for ids `[…]`: `[…, d]`. All processes must ask where they are sharded."""
+    """What the input embeddings `words` give for ids `[…]`: `[…, d]`. All processes must ask where they are sharded.
+
+    ConfigError for ids beyond the table.
+    """
+    check_ids(words, ids)
     weight = next(words.parameters())
     index = torch.as_tensor(ids, device=place_of(words))
     if not _is_part(weight):

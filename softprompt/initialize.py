@@ -14,6 +14,7 @@ from softprompt.errors import ConfigError
 from softprompt.facts import record
 from softprompt.model import SoftPromptModel
 from softprompt.prompt import KV, EmbeddingPrompt, KVPrompt, evaluating
+from softprompt.vocabulary import check_ids
 
 
 def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
@@ -158,6 +159,7 @@ def _check_enough(ids: list[int], count: int) -> None:
 def _kv_of_ids(model: SoftPromptModel, ids: list[int], config: KVConfig, count: int) -> KV:
     """The base model's keys and values of the first `count` tokens, in the attentions that a prefix reaches."""
     _check_enough(ids, count)
+    check_ids(model.base_model.get_input_embeddings(), ids[:count])
     device = place_of(model.base_model)
     inputs: dict[str, Tensor] = {"input_ids": torch.tensor([ids[:count]], device=device)}
     if model.facts.encoder_decoder:  # both stacks read the text
