@@ -32,8 +32,8 @@ _KNOWN: dict[tuple[Any, ...], list[Comparison]] = {}
 class BaseModel:
     """The way into a base model and its facts, found once; `verify` compares before anything is trusted.
 
-        found = BaseModel.of(base)
-        found.way, found.facts
+    found = BaseModel.of(base)
+    found.way, found.facts
     """
 
     way: Way

@@ -276,7 +276,11 @@ def _onward(trial: _Trial, call: Callable[[Call], Any], exact: bool) -> Iterator
     use = api.takes_option(trial.base.forward, "use_cache")
     output = call(Call(ids=ids, mask=mask, rest={**({"use_cache": True} if use else {}), **more}))
     got = states(output)
-    where = f" past the {'chunk' if trial.facts.layers[0].chunk else 'window'} of {trial.facts.reach}" if trial.passes else ""
+    where = (
+        f" past the {'chunk' if trial.facts.layers[0].chunk else 'window'} of {trial.facts.reach}"
+        if trial.passes
+        else ""
+    )
     yield trial.compared(f"without padding{where}", got[:1], first[None, :long])
     yield trial.compared(f"padded on the left{where}", got[1:2, long - short :], second[None, :short])
     yield trial.compared(f"padded on the right{where}", got[2:, :short], second[None, :short])
@@ -328,7 +332,9 @@ def _both_ways(trial: _Trial, keys: bool) -> Iterator[Comparison]:
         parts = ((got[:1], want[0]), (got[1:2], want[1]), (got[2:], want[1]))
     else:
         parts = ((got[:1], want[0]), (got[1:2, long - short :], want[1]), (got[2:, :short], want[1]))
-    for what, (have, wanted) in zip(("without padding", "padded on the left", "padded on the right"), parts, strict=True):
+    for what, (have, wanted) in zip(
+        ("without padding", "padded on the left", "padded on the right"), parts, strict=True
+    ):
         yield trial.compared(what, have, wanted)
 
 
@@ -350,8 +356,12 @@ def _written(trial: _Trial) -> Iterator[Comparison]:
     yield trial.compared("source padded on the left", got[:1], want[:, :long])
     yield trial.compared("source padded on the right", got[1:], want[:, :long])
     cache = api.cache_in(output)
-    if cache is None or api.cache_name(trial.base.forward) is None:  # (T5's head for questions gives one it cannot take)
+    if (
+        cache is None or api.cache_name(trial.base.forward) is None
+    ):  # (T5's head for questions gives one it cannot take)
         return
     following = target[:, LENGTH + long :].expand(2, -1)
     later = run.forward(call.but(cache=cache[1]).plus(decoder_input_ids=following))
-    yield trial.compared("one token later, with a cache", states(later)[:, -1:], want[:, long:].expand(2, *[-1] * (want.ndim - 1)))
+    yield trial.compared(
+        "one token later, with a cache", states(later)[:, -1:], want[:, long:].expand(2, *[-1] * (want.ndim - 1))
+    )

@@ -74,7 +74,12 @@ class Report:
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        lines = [f"{self.model} ({self.dtype}, {self.backend} attention, {versions})", f"way in: {self.way}", "", "facts"]
+        lines = [
+            f"{self.model} ({self.dtype}, {self.backend} attention, {versions})",
+            f"way in: {self.way}",
+            "",
+            "facts",
+        ]
         wide = max(len(fact.name) for fact in self.facts) if self.facts else 0
         lines += [f"  {each.name:<{wide}}  {each.value}{f'  ({each.how})' if each.how else ''}" for each in self.facts]
         lines += ["", "a prompt of real tokens against these tokens in the row"]

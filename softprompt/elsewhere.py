@@ -21,14 +21,8 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from softprompt import transformers_api as api
 from softprompt.errors import UnsupportedError
-<<<<<<< HEAD
 from softprompt.transformers_api import loader_of
-=======
 from softprompt.vocabulary import check_ids
-
-_SHARDED = "_is_fsdp_managed_module"  # torch's own mark on a module whose parameters are spread over processes
-_HOOK = "_hf_hook"  # where accelerate keeps what it does before and after a module's forward
->>>>>>> wt-fixes
 
 
 def sharded(base: nn.Module) -> bool:
@@ -77,7 +71,6 @@ def place_of(module: nn.Module) -> torch.device:
     )
 
 
-<<<<<<< HEAD
 def words_of(base: Any) -> nn.Module:
     """The input embeddings that a prompt's vectors stand among: of two stacks the encoder's, which may be its own."""
     words = base.get_input_embeddings()
@@ -87,7 +80,8 @@ def words_of(base: Any) -> nn.Module:
     own = inner.get_input_embeddings() if isinstance(inner, nn.Module) and inner is not base else words
     same = isinstance(own, nn.Embedding) and tuple(own.weight.shape) == tuple(words.weight.shape)
     return own if same else words
-=======
+
+
 def batch_on(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A batch, made on the CPU, where a model computes. ConfigError for ids that it has no word embedding for.
 
@@ -99,7 +93,6 @@ def batch_on(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
             check_ids(base.get_input_embeddings(), batch[name])
     device = place_of(model)
     return {name: value.to(device) for name, value in batch.items()}
->>>>>>> wt-fixes
 
 
 def word_table(base: Any) -> Tensor:

@@ -54,6 +54,7 @@ class Facts:
     learned_positions: bool
     position_offset: int
     foldable: bool = True
+    shared_layers: int = 0
     encoder_decoder: bool = False
     cross_layers: tuple[LayerShape, ...] = ()
     encoder_layers: tuple[LayerShape, ...] = ()
@@ -108,7 +109,6 @@ class Facts:
 
 
 # ---- finding them ----------------------------------------------------------------------------------------------------
-
 
 
 def record(way: Way, inputs: dict[str, Any]) -> tuple[Recording, Tensor]:
@@ -172,7 +172,14 @@ def probe(way: Way, known: Facts | None = None) -> Facts:
     way.sharing = found.sharing
     attending = len(found.modules) + len(found.sharing)
     foldable = causal and not api.keeps_state(base) and attending >= api.number_of_layers(base)
-    facts = _facts(way, found, causal=causal, foldable=foldable, no_prefix=_no_prefix(base, found, causal))
+    facts = _facts(
+        way,
+        found,
+        causal=causal,
+        foldable=foldable,
+        shared_layers=len(found.sharing),
+        no_prefix=_no_prefix(base, found, causal),
+    )
     _check_positions(way, facts)
     return _with(facts, causal=how, foldable="every layer attends, and none keeps a state" if foldable else "")
 

@@ -13,6 +13,7 @@ from softprompt.checkpoint.training_state import packed_configs
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
 from softprompt.elsewhere import own_class, place_of
 from softprompt.facts import Facts
+from softprompt.running.token_scores import Asked
 
 
 class InLoops(nn.Module):
@@ -85,11 +86,11 @@ class InLoops(nn.Module):
         """Nothing: a model that takes in a state has its own configs."""
 
 
-def _asks_per_token(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _asks_per_token(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A pre-hook that answers TRL, which puts a `forward` of its own into a model and asks it for scores per token.
 
     That runs what it takes for the model's body, which would be the base model without its prompt. Asked in words of
     our own, it hands the call on to the model's own `forward`.
     """
-    asked = api.pop_fused_scores(kwargs)
-    return (args, {**kwargs, "per_token": True}) if asked else None
+    asked = api.pop_fused_scores(model, kwargs)
+    return None if asked is None else (args, {**kwargs, "per_token": Asked(**asked)})

@@ -16,8 +16,8 @@ from softprompt.batch import run_for
 from softprompt.batch.find import BASE, placement_of
 from softprompt.call import Call, check_count
 from softprompt.config import PromptConfig
-from softprompt.elsewhere import at_hand, word_table, words_of
 from softprompt.disabling import disabled, disabling
+from softprompt.elsewhere import at_hand, word_table, words_of
 from softprompt.errors import ConfigError
 from softprompt.facts import Facts
 from softprompt.fitting import fitted, method_of
@@ -28,7 +28,7 @@ from softprompt.loops import InLoops
 from softprompt.prompt import KV, EmbeddingPrompt, SoftPrompt, evaluating
 from softprompt.running import Run
 from softprompt.running.drafting import drafting
-from softprompt.running.token_scores import token_scores
+from softprompt.running.token_scores import Asked, token_scores
 from softprompt.stacking import freeze, unwrapped
 from softprompt.state import leave_base_out
 from softprompt.status import ModelStatus, model_status
@@ -232,7 +232,7 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         adapter_names: Sequence[str] | None = None,
         task_ids: Tensor | None = None,
         slots: Tensor | None = None,
-        per_token: bool = False,
+        per_token: bool | Asked = False,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
@@ -265,7 +265,8 @@ class SoftPromptModel(PushToHubMixin, InLoops):
                 check_count(adapter_names, inputs)
                 run = run_for(self, names, task_ids, slots, call.labels_tokens)
             if per_token:
-                return token_scores(self.base_model, run, call)
+                asked = per_token if isinstance(per_token, Asked) else Asked()
+                return token_scores(self.base_model, run, call, asked.wanted, asked.temperature)
             output = self.base_model(**call.keywords(self.base_model)) if run is None else run.forward(call)
         return output.to_tuple() if as_tuple else output
 

@@ -14,12 +14,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from softprompt.config import KVConfig
-from softprompt.geometry import Geometry
-
-
-def sharing_layers(geometry: Geometry) -> int:
-    """How many layers use the keys and values of an earlier one, which PEFT counts among a prefix's."""
-    return getattr(geometry, "shared_layers", 0)
 
 
 def as_checkpoint(flat: Tensor, config: KVConfig) -> Tensor:

@@ -15,12 +15,7 @@ from torch import Tensor, nn
 
 from softprompt.config import KVConfig, PromptConfig, TaskType, widest_shape
 from softprompt.errors import ConfigError, UnsupportedError
-<<<<<<< HEAD
-from softprompt.pairs import dealt, twice
-=======
-from softprompt.geometry import Geometry
-from softprompt.pairs import as_checkpoint, from_checkpoint, sharing_layers
->>>>>>> wt-fixes
+from softprompt.pairs import as_checkpoint, from_checkpoint
 
 if TYPE_CHECKING:
     from softprompt.facts import Facts
@@ -315,15 +310,9 @@ class KVPrompt(SoftPrompt):
         assert isinstance(config, KVConfig)
         layers = facts.prefix_layers(config)
         shapes = [[layer.heads, layer.key_size, layer.value_size] for layer in layers]
-<<<<<<< HEAD
-        heads, key_size, value_size = shapes[0]
-        plain = all(shape == shapes[0] for shape in shapes) and key_size == value_size
-        if plain and layers is facts.layers:
-=======
-        heads, width = _heads_and_width(config, shapes, geometry.encoder_decoder)
+        heads, width = _heads_and_width(config, shapes, facts.encoder_decoder)
         plain = all(shape == shapes[0] for shape in shapes) and shapes[0][1] == shapes[0][2]
-        if plain and layers is geometry.layers:
->>>>>>> wt-fixes
+        if plain and layers is facts.layers:
             shapes = None  # PEFT's form
         if config.layer_shapes not in (None, shapes):
             raise ConfigError(f"layer_shapes={config.layer_shapes} in the config, but this model needs {shapes}.")
@@ -335,15 +324,10 @@ class KVPrompt(SoftPrompt):
         count = len(facts.layers)
         if config.paired and config.num_layers == 2 * count:  # as a checkpoint counts them
             config = replace(config, num_layers=None)
-<<<<<<< HEAD
-        config = replace(config, layer_shapes=shapes, num_transformer_submodules=2 if facts.encoder_decoder else 1)
-        return _filled(config, token_dim=heads * key_size, num_layers=count, num_attention_heads=heads)
-=======
-        if config.num_layers == count + sharing_layers(geometry):  # as PEFT counts them
+        if config.num_layers == count + facts.shared_layers:  # as PEFT counts them
             config = replace(config, num_layers=None)
-        config = replace(config, layer_shapes=shapes, num_transformer_submodules=2 if geometry.encoder_decoder else 1)
+        config = replace(config, layer_shapes=shapes, num_transformer_submodules=2 if facts.encoder_decoder else 1)
         return _filled(config, token_dim=width, num_layers=count, num_attention_heads=heads)
->>>>>>> wt-fixes
 
     def prompt(self, task_ids: Tensor | None = None) -> KV:
         refuse_tasks(self, task_ids)

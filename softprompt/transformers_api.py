@@ -15,7 +15,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -416,15 +423,25 @@ def loss_kind(base: PreTrainedModel) -> str | None:
     return getattr(base, "loss_type", None)
 
 
-def pop_fused_scores(keywords: dict[str, Any]) -> tuple[str, ...]:
-    """What TRL asks a model for instead of logits: the names of scores per token, taken out of a call's arguments.
+def pop_fused_scores(model: nn.Module, keywords: dict[str, Any]) -> dict[str, Any] | None:
+    """What TRL asks a model for instead of logits, taken out of a call's arguments: which scores per token (`wanted`),
+    at which `temperature`, as far as it says; None where it asks for none.
 
-    It asks a `forward` of its own, put into the model, which knows nothing of prompts.
+    Where a call names none, TRL has noted them down in the model: `add_fused_lm_head` puts a `forward` into it that
+    knows nothing of prompts, and has names and temperature in its closure. Mixed precision may have wrapped that.
     """
     asked = keywords.pop("fused_lm_head", None)
     if not asked:
-        return ()
-    return ("log_probs", "entropy", "is_top1") if asked is True else tuple(asked)
+        return None
+    function, told = getattr(model.__dict__.get("forward"), "__func__", None), {}
+    while function is not None and "temperature" not in told:
+        code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+        if code is not None and cells is not None:
+            told = dict(zip(code.co_freevars, cells, strict=True))
+        function = getattr(function, "__wrapped__", None)
+    known = {"outputs": "wanted", "temperature": "temperature"} if "temperature" in told else {}
+    options = {name: told[other].cell_contents for other, name in known.items() if other in told}
+    return options if asked is True else {**options, "wanted": tuple(asked)}
 
 
 # ---- accelerate ----------------------------------------------------------------------------------------------------

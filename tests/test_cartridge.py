@@ -25,8 +25,8 @@ from softprompt import (
     get_peft_model,
     initialize_kv_prefix_from_text,
 )
-from softprompt.checkpoint import load_adapter
 from softprompt.base_model import find_way
+from softprompt.checkpoint import load_adapter
 from softprompt.facts import record
 
 P, FROZEN = 6, 2

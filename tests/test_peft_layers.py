@@ -27,7 +27,6 @@ from softprompt import (
 )
 from softprompt.cli.use import convert_prompt
 from softprompt.config import KVConfig
-from softprompt.facts import Facts
 from softprompt.inspect_prompt import describe, saved_kv
 
 pytestmark = [  # PEFT's own, on every use
@@ -67,10 +66,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 FEWER = {"global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
 FAMILIES["fewer heads"] = (hf.Gemma4TextConfig, {**GEMMA4, **FEWER})
-SHARING = pytest.mark.skipif("shared_layers" not in Facts.__dataclass_fields__, reason="not counted by the probe")
-families = pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=SHARING) if "sharing" in name else name for name in FAMILIES]
-)
+families = pytest.mark.parametrize("family", FAMILIES)
 of_peft = pytest.mark.parametrize("family", [each for each in families.args[1] if each != "fewer heads"])
 
 

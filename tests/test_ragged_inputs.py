@@ -12,10 +12,10 @@ import transformers as hf
 from ragged_kit import LENGTHS, ROWS, TOKENS, Model
 from torch import Tensor
 
-from softprompt.join import Mixed
+from softprompt.base_model import find_way
 from softprompt.config import Placement
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.base_model import find_way
+from softprompt.join import Mixed
 from softprompt.prompt import KV, Embeddings
 from softprompt.running import Run
 

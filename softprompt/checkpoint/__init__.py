@@ -30,12 +30,7 @@ from softprompt.checkpoint.promise import Promise, encoder_shapes, promise_of, r
 from softprompt.checkpoint.training_state import STATE_NAME, read_training_state
 from softprompt.config import KVConfig, PromptConfig, widest_shape
 from softprompt.errors import CheckpointError
-<<<<<<< HEAD
 from softprompt.facts import Facts
-=======
-from softprompt.geometry import Geometry
-from softprompt.pairs import sharing_layers
->>>>>>> wt-fixes
 
 __all__ = [
     "CONFIG_NAME",
@@ -169,37 +164,16 @@ def write_config(folder: Path, config: PromptConfig) -> None:
 
 def check_fits(saved: SavedAdapter, facts: Facts) -> None:
     """Raise CheckpointError if the adapter was made for a base model of other sizes, naming each and both numbers."""
-<<<<<<< HEAD
     config, count = saved.config, len(facts.layers) or None
-    doubled = isinstance(config, KVConfig) and config.paired and count and config.num_layers == 2 * count
-    sizes: list[tuple[str, Any, Any]] = [("layers", count if doubled else config.num_layers, count)]
-    if isinstance(config, KVConfig):
-        _check_paired(saved, config, facts)
-        layers = facts.prefix_layers(config)
-        shapes = [[layer.heads, layer.key_size, layer.value_size] for layer in layers]
-        there = config.prefix_shapes
-        if all(shape == given[0] and shape[1] == shape[2] for given in (there, shapes) for shape in given):
-            sizes += [("key-value heads", there[0][0], shapes[0][0]), ("head size", there[0][1], shapes[0][1])]
-        elif there != shapes:
-            sizes.append(("key-value shapes", there, shapes))
-        if config.num_layers == len(facts.layers):
-            sizes.append(("attention layers with a prefix", len(there), len(shapes)))
-    else:
-        sizes += [
-            ("width", config.token_dim, facts.hidden_size),
-            ("attention heads", config.num_attention_heads, facts.query_heads or None),
-=======
-    config, count = saved.config, len(geometry.layers) or None
     sizes: list[tuple[str, Any, Any]]
     if isinstance(config, KVConfig):
-        _check_paired(saved, config, geometry)
-        sizes = _sizes_of_pairs(saved, config, geometry)
+        _check_paired(saved, config, facts)
+        sizes = _sizes_of_pairs(saved, config, facts)
     else:
         sizes = [
             ("layers", config.num_layers, count),
-            ("width", config.token_dim, geometry.hidden_size),
-            ("attention heads", config.num_attention_heads, geometry.query_heads or None),
->>>>>>> wt-fixes
+            ("width", config.token_dim, facts.hidden_size),
+            ("attention heads", config.num_attention_heads, facts.query_heads or None),
         ]
     wrong = [
         f"{name} {there} in the adapter, {here} here"
@@ -214,18 +188,14 @@ def check_fits(saved: SavedAdapter, facts: Facts) -> None:
         )
 
 
-<<<<<<< HEAD
-def _check_paired(saved: SavedAdapter, config: KVConfig, facts: Facts) -> None:
-    if facts.encoder_decoder and config.num_transformer_submodules == 1 and config.layer_shapes is None:
-=======
-def _sizes_of_pairs(saved: SavedAdapter, config: KVConfig, geometry: Geometry) -> list[tuple[str, Any, Any]]:
+def _sizes_of_pairs(saved: SavedAdapter, config: KVConfig, facts: Facts) -> list[tuple[str, Any, Any]]:
     """What has to be equal of keys and values: its name, what it is in the adapter, and here."""
-    count = len(geometry.layers) or None
-    others = (2 * (count or 0) if config.paired else 0, (count or 0) + sharing_layers(geometry))
+    count = len(facts.layers) or None
+    others = (2 * (count or 0) if config.paired else 0, (count or 0) + facts.shared_layers)
     sizes: list[tuple[str, Any, Any]] = [("layers", count if config.num_layers in others else config.num_layers, count)]
-    layers = geometry.prefix_layers(config)
+    layers = facts.prefix_layers(config)
     shapes = [[layer.heads, layer.key_size, layer.value_size] for layer in layers]
-    there, widest = config.prefix_shapes, None if geometry.encoder_decoder else widest_shape(shapes)
+    there, widest = config.prefix_shapes, None if facts.encoder_decoder else widest_shape(shapes)
     uneven = config.layer_shapes is None and any(shape != shapes[0] for shape in shapes)
     if uneven:
         _check_reaches(saved, there[0], shapes)
@@ -252,9 +222,8 @@ def _check_reaches(saved: SavedAdapter, there: list[int], shapes: list[list[int]
         )
 
 
-def _check_paired(saved: SavedAdapter, config: KVConfig, geometry: Geometry) -> None:
-    if geometry.encoder_decoder and config.num_transformer_submodules == 1 and config.layer_shapes is None:
->>>>>>> wt-fixes
+def _check_paired(saved: SavedAdapter, config: KVConfig, facts: Facts) -> None:
+    if facts.encoder_decoder and config.num_transformer_submodules == 1 and config.layer_shapes is None:
         raise CheckpointError(
             f"{saved.source} has num_transformer_submodules=1 for an encoder-decoder: PEFT runs cross-attention over "
             "the decoder's own cache there, which is not repeated here; train the prefix again, here or with "

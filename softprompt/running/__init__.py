@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt import transformers_api as api
-from softprompt.join import Mixed
 from softprompt.call import Call, check_rows, check_written
 from softprompt.config import Placement
 from softprompt.errors import ConfigError, UnsupportedError
@@ -25,6 +24,7 @@ from softprompt.injection.contract import Way
 from softprompt.injection.encoder_decoder import check_decoding, cut, open_encoder
 from softprompt.injection.input_vectors import embed, fill_slots, place, take
 from softprompt.injection.lengths import own_lengths, padded
+from softprompt.join import Mixed
 from softprompt.prompt import KV, Embeddings, spread
 from softprompt.running.context_loss import forward_with_context
 from softprompt.running.first_loss import with_first_loss, without_first

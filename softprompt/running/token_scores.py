@@ -1,19 +1,12 @@
 """Log-probabilities of the labels instead of logits: what TRL's trainers ask a model for, and make their loss of."""
 
-<<<<<<< HEAD
-=======
-from collections.abc import Callable, Sequence
->>>>>>> wt-fixes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
-<<<<<<< HEAD
-=======
 from torch.nn.functional import pad
-from transformers.utils.generic import ModelOutput
->>>>>>> wt-fixes
 
 from softprompt.call import Call
 from softprompt.errors import ConfigError, UnsupportedError
@@ -65,84 +58,37 @@ class Asked:
             raise ConfigError(f"temperature={self.temperature!r} cannot divide logits; give a number above 0.")
 
 
-<<<<<<< HEAD
-def token_scores(base: nn.Module, run: "Run | None", call: Call) -> TokenScores:
-=======
-def asked_by_trl(model: nn.Module, fused_lm_head: bool | Sequence[str]) -> Asked:
-    """What a call with `fused_lm_head` asks of a model: the names given, or else what TRL noted down in the model.
-
-    `add_fused_lm_head` leaves names and temperature to the `forward` that it puts into the model, in its closure, and
-    mixed precision may have wrapped that. ConfigError for a name that there is not.
-    """
-    function, told = getattr(model.__dict__.get("forward"), "__func__", None), {}
-    while function is not None and "temperature" not in told:
-        code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-        if code is not None and cells is not None:
-            told = dict(zip(code.co_freevars, cells, strict=True))
-        function = getattr(function, "__wrapped__", None)
-    told = told if "temperature" in told else {}
-    options = {name: told[name].cell_contents for name in ("outputs", "temperature") if name in told}
-    wanted = options.get("outputs", WANTED) if fused_lm_head is True else tuple(fused_lm_head or ())
-    return Asked(tuple(wanted), options.get("temperature", 1.0))
-
-
 Parts = dict[str, Tensor]
 
 
 def token_scores(
-    base: Callable[..., Any],
+    base: nn.Module,
     run: "Run | None",
-    inputs: dict[str, Any],
+    call: Call,
     wanted: Sequence[str] = WANTED,
     temperature: float = 1.0,
 ) -> TokenScores:
->>>>>>> wt-fixes
     """The scores of a row's labels with the prompt of a `run`; None: the `base` model's alone.
 
     ConfigError where not every token has a label, and for a name that no score has; UnsupportedError where a loss is
     more than the row's labels.
     """
-<<<<<<< HEAD
-    if not call.labels_tokens:
-=======
     asked = Asked(tuple(wanted), temperature)
-    if not labels_tokens(inputs):
->>>>>>> wt-fixes
+    if not call.labels_tokens:
         raise ConfigError("scores per token need a label for every token of whole rows; pass labels, and no cache.")
     items = call.rest.get("num_items_in_batch")
     call = call.less("num_items_in_batch").without_cache()
     if run is None:
-<<<<<<< HEAD
         output = base(**call.but(labels=None).keywords(base))
-        parts = _shifted(output.logits, call.labels)
-=======
-        labels = inputs.pop("labels")
-        output = base(**inputs)
-        parts = _shifted(output.logits, labels, asked)
->>>>>>> wt-fixes
+        parts = _shifted(output.logits, call.labels, asked)
     elif isinstance(run.prompt, Embeddings) and run.prompt.context is not None:
         raise UnsupportedError(
             "this prompt's loss counts the answers in the prompt, which scores per token have no place for; train it "
             "with transformers' Trainer, or prompt_tuning here."
         )
     else:
-<<<<<<< HEAD
-        output, parts = _folded(run, call) if run.folds and run.facts.causal else _in_rows(run, call)
-    scores = TokenScores(**dict(zip(_NAMES, parts, strict=True)), aux_loss=output.get("aux_loss"))
-    counted = scores.label_mask.sum().clamp(min=1) if items is None else items  # pyright: ignore[reportOptionalMemberAccess]
-    scores.loss = -parts[0].sum() / counted
-    return scores
-
-
-def _folded(run: "Run", call: Call) -> tuple[Any, Parts]:
-    folded = run.predicting()
-    rest, first = without_first(call, folded, divides=False)
-    labels = rest.labels
-    output = run.way.call(folded.kv, rest.but(labels=None))
-    parts = _shifted(output.logits, labels)
-=======
-        scored = _folded if run.folds and run.geometry.causal else _in_rows
-        output, parts = scored(run, inputs, asked)
+        scored = _folded if run.folds and run.facts.causal else _in_rows
+        output, parts = scored(run, call, asked)
     total, mask = parts["log_probs"].sum(), parts["label_mask"]
     kept = {name: parts[name] for name in parts if name in asked.wanted or name in ("log_probs", "label_mask")}
     scores = TokenScores(**kept, aux_loss=output.get("aux_loss"))
@@ -150,13 +96,12 @@ def _folded(run: "Run", call: Call) -> tuple[Any, Parts]:
     return scores
 
 
-def _folded(run: "Run", inputs: dict[str, Any], asked: Asked) -> tuple[Any, Parts]:
+def _folded(run: "Run", call: Call, asked: Asked) -> tuple[Any, Parts]:
     folded = run.predicting()
-    rest, first = without_first(inputs, folded, divides=False)
-    labels = rest.pop("labels")
-    output = run.door.call(folded.kv, rest)
+    rest, first = without_first(call, folded, divides=False)
+    labels = rest.labels
+    output = run.way.call(folded.kv, rest.but(labels=None))
     parts = _in_place(_shifted(output.logits, labels, asked))
->>>>>>> wt-fixes
     if folded.logits is None:
         return output, parts
     logits = first.of(spread(folded.logits, folded.kv.rows, len(labels)))
@@ -164,24 +109,16 @@ def _folded(run: "Run", inputs: dict[str, Any], asked: Asked) -> tuple[Any, Part
     return output, {name: torch.where(firsts["label_mask"], firsts[name], part) for name, part in parts.items()}
 
 
-<<<<<<< HEAD
-def _in_rows(run: "Run", call: Call) -> tuple[Any, Parts]:
-    """With vectors in the rows, in whose order the scores are."""
-    call, _ = run.placed(call.with_mask(), run.vectors, "right")
-    output = run.way.call(run.kv, call.but(labels=None))
-    return output, _shifted(output.logits, call.labels)
-=======
-def _in_rows(run: "Run", inputs: dict[str, Any], asked: Asked) -> tuple[Any, Parts]:
+def _in_rows(run: "Run", call: Call, asked: Asked) -> tuple[Any, Parts]:
     """With vectors in the rows; the scores are where the caller's labels are."""
-    inputs, placement = run.placed(with_mask(inputs), run.vectors, "right")
-    labels = inputs.pop("labels")
-    output = run.door.call(run.kv, inputs)
+    call, placement = run.placed(call.with_mask(), run.vectors, "right")
+    labels = call.labels
+    output = run.way.call(run.kv, call.but(labels=None))
     parts = _in_place(_shifted(output.logits, labels, asked))
     columns = placement.columns
     if columns is None:
         return output, parts
     return output, {name: part.gather(1, columns.to(part.device)) for name, part in parts.items()}
->>>>>>> wt-fixes
 
 
 def _in_place(parts: Parts) -> Parts:

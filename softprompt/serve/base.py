@@ -140,8 +140,8 @@ class FolderBase:
             self._way = None
 
     def _open(self) -> Way:
-        from softprompt.loading import load_base
         from softprompt.base_model import find_way
+        from softprompt.loading import load_base
 
         if self._way is None:
             model = load_base(self.path, self.tokenizer, dtype=self.dtype, device="cpu").requires_grad_(False)

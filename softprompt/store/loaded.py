@@ -22,8 +22,8 @@ from softprompt.checkpoint.promise import Alike, Promise
 from softprompt.checkpoint.undrawn import Undrawn
 from softprompt.config import KVConfig, PromptConfig
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.fitting import fitted, method_of
 from softprompt.facts import Facts
+from softprompt.fitting import fitted, method_of
 from softprompt.heads import with_default_heads
 from softprompt.pairs import from_checkpoint
 from softprompt.prompt import KV, Embeddings, SoftPrompt

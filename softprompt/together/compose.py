@@ -23,11 +23,7 @@ from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.facts import Facts, record
 from softprompt.injection.contract import Way
 from softprompt.model import SoftPromptModel
-<<<<<<< HEAD
-=======
 from softprompt.pairs import narrowed, widened
-from softprompt.probe import find_door, record, word_table
->>>>>>> wt-fixes
 from softprompt.prompt import KV, evaluating
 
 PROBE_TOKENS = 4
