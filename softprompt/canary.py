@@ -79,8 +79,8 @@ def verdict(base: PreTrainedModel, found: list[Comparison]) -> str:
     if bad.difference is None:
         return f"{type(base).__name__}, tried with {bad.kind} ({bad.what}), fails: {bad.message} ({versions})"
     return (
-        f"{type(base).__name__} with {bad.kind} does not do what it does with the same tokens in the row: {bad.what} it "
-        f"is off by {bad.difference:.2g} of its states' size, where {bad.tolerance:.2g} is rounding ({versions})"
+        f"{type(base).__name__} with {bad.kind} does not do what it does with the same tokens in the row: {bad.what} "
+        f"it is off by {bad.difference:.2g} of its states' size, where {bad.tolerance:.2g} is rounding ({versions})"
     )
 
 

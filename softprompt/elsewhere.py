@@ -71,7 +71,7 @@ def place_of(module: nn.Module) -> torch.device:
     )
 
 
-def words_of(base: Any) -> nn.Module:
+def words_of(base: Any) -> Any:
     """The input embeddings that a prompt's vectors stand among: of two stacks the encoder's, which may be its own."""
     words = base.get_input_embeddings()
     if not base.config.is_encoder_decoder or not hasattr(base, "get_encoder"):

@@ -26,8 +26,8 @@ from softprompt.prompt import evaluating
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Key and value shape of one attention layer, for one token; `window` is its sliding window, `chunk` the size of the
-    pieces that it cannot look out of, if any."""
+    """Key and value shape of one attention layer, for one token; `window` is its sliding window, `chunk` the size of
+    the pieces that it cannot look out of, if any."""
 
     heads: int
     key_size: int
@@ -137,8 +137,8 @@ def could_not_try(base: PreTrainedModel, what: str, error: Exception) -> Unsuppo
     text = str(error).strip().splitlines()
     first = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     return UnsupportedError(
-        f"{type(base).__name__} fails when it is called with {what} ({first}; transformers {transformers.__version__}), "
-        "so no prompt can be tried on it; use a model that runs on input_ids alone."
+        f"{type(base).__name__} fails when it is called with {what} ({first}; transformers "
+        f"{transformers.__version__}), so no prompt can be tried on it; use a model that runs on input_ids alone."
     )
 
 

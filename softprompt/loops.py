@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt import transformers_api as api
+from softprompt.base_model import BaseModel
 from softprompt.batch.find import placement_of
 from softprompt.checkpoint.training_state import packed_configs
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
 from softprompt.elsewhere import own_class, place_of
-from softprompt.facts import Facts
 from softprompt.running.token_scores import Asked
 
 
@@ -23,7 +23,7 @@ class InLoops(nn.Module):
     """
 
     base_model: PreTrainedModel
-    facts: Facts
+    found: BaseModel
     peft_config: dict[str, PromptConfig]
     active_adapter: str
 
@@ -39,7 +39,7 @@ class InLoops(nn.Module):
         """The base model's; None where a virtual token predicts a row's first, so that Trainer counts its label too."""
         config = self.peft_config[self.active_adapter]
         front = placement_of(config) is Placement.FRONT
-        first = front and isinstance(config, EmbeddingConfig) and self.facts.causal
+        first = front and isinstance(config, EmbeddingConfig) and self.found.facts.causal
         return None if first else api.loss_kind(self.base_model)
 
     @property
@@ -48,7 +48,7 @@ class InLoops(nn.Module):
 
         Trainer would guess it from `forward`; wrongly, it does not divide what it accumulates at all.
         """
-        return self.facts.divides_loss
+        return self.found.facts.divides_loss
 
     @property
     def device(self) -> torch.device:

@@ -57,7 +57,7 @@ OF_THE_BASE = frozenset({
     "quantization_method", "resize_token_embeddings", "set_attn_implementation", "supports_gradient_checkpointing",
     "tie_weights", "vocab_size", "warnings_issued", "is_parallelizable", "model_parallel", "framework",
 })  # fmt: skip
-"""What a prompted model answers for its base model. Of anything else it has, the base model knows nothing of a prompt."""
+"""What a prompted model answers for its base model, which in anything else it has knows nothing of a prompt."""
 
 
 class SoftPromptModel(PushToHubMixin, InLoops):

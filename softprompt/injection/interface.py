@@ -119,8 +119,11 @@ def _served(backend: str, device: torch.device | str) -> str:
 
 
 def _mask_for(backend: str) -> Callable[..., Any]:
-    """What makes masks for a backend. Layers that share keys may get the last queries alone, which only a mask can tell;
-    chunks begin where true positions say, behind the prefix."""
+    """What makes masks for a backend.
+
+    Layers that share keys may get the last queries alone, which only a mask can tell; chunks begin where true positions
+    say, behind the prefix.
+    """
 
     def mask(*args: Any, **options: Any) -> Any:
         scope = current()
