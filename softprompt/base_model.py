@@ -19,7 +19,7 @@ from softprompt.errors import UnsupportedError
 from softprompt.facts import Facts, probe, probed, refuses_vectors
 from softprompt.injection.cache_kv import CacheWay, fills_cache
 from softprompt.injection.contract import Way
-from softprompt.prompt import evaluating
+from softprompt.prompt import KV, evaluating
 from softprompt.stacking import has_layers
 
 _LOCK = Lock()
@@ -41,6 +41,8 @@ class BaseModel:
     verify: bool = True
     far: int = FAR
     compared: list[Comparison] = field(default_factory=list)
+    first: KV | None = None
+    """What the layers made of the first tokens that the model was tried with."""
 
     @staticmethod
     def of(base: PreTrainedModel, verify: bool = True, far: int = FAR) -> BaseModel:
@@ -49,10 +51,11 @@ class BaseModel:
         On a causal model keys and values are compared at once, since vectors are folded into them; what else is
         compared when a prompt of its kind comes (`trust`).
         """
-        found = BaseModel(*probed(base), verify, far)
+        way, facts, first = probed(base)
+        found = BaseModel(way, facts, verify, far, first=first)
         if found.facts.causal and found.facts.layers:
             found._trust_keys()
-        found.facts = replace(found.facts, vectors=found._no_vectors)
+        found.facts, found.first = replace(found.facts, vectors=found._no_vectors), None
         return found
 
     @property
@@ -78,7 +81,8 @@ class BaseModel:
             before = self.way, self.facts
             self.way = CacheWay(self.base)
             with torch.no_grad(), evaluating(self.base):
-                self.facts = replace(probe(self.way, self.facts), vectors=self.facts.vectors)
+                seen, self.first = probe(self.way, self.facts)
+            self.facts = replace(seen, vectors=self.facts.vectors)
             if self.facts.layers and not self._known(compare_keys):
                 return
             self.way, self.facts = before
@@ -96,7 +100,8 @@ class BaseModel:
         with _LOCK:
             found = _KNOWN.get(key)
         if found is None:
-            arguments = () if compare is compare_folded else (self.far,)
+            arguments: tuple[Any, ...] = () if compare is compare_folded else (self.far,)
+            arguments += (self.first,) if compare is compare_keys else ()
             found = compare(self.way, self.facts, *arguments)
             with _LOCK:
                 _KNOWN[key] = found

@@ -21,13 +21,13 @@ from softprompt import transformers_api as api
 from softprompt.call import Call
 from softprompt.elsewhere import at_hand, embed_words, word_table, words_of
 from softprompt.errors import SoftPromptError
+from softprompt.facts import FIRST as LENGTH
 from softprompt.facts import Facts, plain_ids, record
 from softprompt.fold import fold
 from softprompt.injection.contract import Way
 from softprompt.prompt import KV, Embeddings, evaluating
 from softprompt.running import Run
 
-LENGTH = 3  # virtual tokens
 SHORT, LONG = 2, 4  # tokens of the rows behind them
 FAR = 64
 """A row is made long enough to pass a window or a chunk of so many tokens; `softprompt check` goes further."""
@@ -84,15 +84,16 @@ def verdict(base: PreTrainedModel, found: list[Comparison]) -> str:
     )
 
 
-def compare_keys(way: Way, facts: Facts, far: int = FAR) -> list[Comparison]:
-    """Keys and values of real tokens in front of rows, against these tokens in the rows."""
+def compare_keys(way: Way, facts: Facts, far: int = FAR, first: KV | None = None) -> list[Comparison]:
+    """Keys and values of real tokens in front of rows, against these tokens in the rows; `first` are the first
+    tokens', where they are known."""
     trial = _Trial(way, facts, KEYS, far)
     with _quiet(trial.base):
         if facts.encoder_decoder:
             return trial.of(lambda: _written(trial))
         if not facts.causal:
             return trial.of(lambda: _both_ways(trial, keys=True))
-        return trial.of(lambda: _onward(trial, *_keys_of(trial)))
+        return trial.of(lambda: _onward(trial, *_keys_of(trial, first)))
 
 
 def compare_folded(way: Way, facts: Facts) -> list[Comparison]:
@@ -251,9 +252,9 @@ def _recorded(trial: _Trial, ids: Tensor) -> KV:
     return KV(tuple(record(trial.way, inputs)[0].layers))
 
 
-def _keys_of(trial: _Trial) -> tuple[Callable[[Call], Any], bool]:
+def _keys_of(trial: _Trial, first: KV | None) -> tuple[Callable[[Call], Any], bool]:
     """How a call is made with the prompt as keys and values, and whether that is all there is of it."""
-    prefix = _recorded(trial, trial.prompt)
+    prefix = _recorded(trial, trial.prompt) if first is None else first
     return (lambda call: trial.way.call(prefix, call)), trial.facts.foldable
 
 

@@ -21,7 +21,11 @@ from softprompt.injection.attention_kv import AttentionWay, is_encoder_decoder
 from softprompt.injection.cache_kv import CacheWay, fills_cache
 from softprompt.injection.contract import Limits, Way
 from softprompt.injection.scope import Recording
-from softprompt.prompt import evaluating
+from softprompt.prompt import KV, evaluating
+
+FIRST = 3
+"""How many tokens a model is tried with; the canary takes what its layers made of them for a prompt."""
+_EQUAL, _HALF_EQUAL = 1e-5, 2e-2
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,10 @@ def record(way: Way, inputs: dict[str, Any]) -> tuple[Recording, Tensor]:
     return recording, output[0]
 
 
-def probed(base: PreTrainedModel) -> tuple[Way, Facts]:
+def probed(base: PreTrainedModel) -> tuple[Way, Facts, KV | None]:
     """The way into a model, its attention or the cache of a decoder that attends in code of its own, and its facts.
+
+    Also what the layers made of `FIRST` tokens, on models of one stack.
 
     UnsupportedError for a model that this version has no way into, naming what does work, or that does not run.
     """
@@ -143,31 +149,32 @@ def could_not_try(base: PreTrainedModel, what: str, error: Exception) -> Unsuppo
 
 
 @torch.no_grad()
-def _probed(base: PreTrainedModel) -> tuple[Way, Facts]:
+def _probed(base: PreTrainedModel) -> tuple[Way, Facts, KV | None]:
     way = AttentionWay(base)
     if way.encoder_decoder:
-        return way, _of_encoder_decoder(way)
+        return way, _of_encoder_decoder(way), None
     with evaluating(base):
-        facts = probe(way)
+        facts, first = probe(way)
         if not facts.layers and facts.causal and fills_cache(base):
             through_cache = CacheWay(base)
-            seen = probe(through_cache, facts)
+            seen, others = probe(through_cache, facts)
             if seen.layers:
-                return through_cache, seen
-    return way, facts
+                return through_cache, seen, others
+    return way, facts, first
 
 
-def probe(way: Way, known: Facts | None = None) -> Facts:
-    """The facts of a decoder or an encoder by one forward pass over two tokens; what is `known` is not tried again."""
+def probe(way: Way, known: Facts | None = None) -> tuple[Facts, KV]:
+    """The facts of a decoder or an encoder by one forward pass, and what the layers made of its first `FIRST` tokens.
+
+    What is `known` is not tried again.
+    """
     base = way.base
-    ids = plain_ids(base, 2)
-    if known is None:
-        found, causal, how = _causal(way, ids)
-        if not found.modules:  # code that asks for its backend by name, as Falcon's does, was not itself
-            way.bind([], [], [])
-            found, causal, how = _causal(way, ids)
-    else:
-        (found, _), causal, how = record(way, {"input_ids": ids}), known.causal, known.how["causal"]
+    found, causal, how = _causal(way)
+    if not found.modules:  # code that asks for its backend by name, as Falcon's does, was not itself
+        way.bind([], [], [])
+        found, causal, how = _causal(way)
+    if known is not None:
+        causal, how = known.causal, known.how["causal"]
     way.bind(found.modules, [], [])
     way.sharing = found.sharing
     attending = len(found.modules) + len(found.sharing)
@@ -181,44 +188,56 @@ def probe(way: Way, known: Facts | None = None) -> Facts:
         no_prefix=_no_prefix(base, found, causal),
     )
     _check_positions(way, facts)
-    return _with(facts, causal=how, foldable="every layer attends, and none keeps a state" if foldable else "")
+    facts = _with(facts, causal=how, foldable="every layer attends, and none keeps a state" if foldable else "")
+    return facts, KV(tuple((key[:1, :, :FIRST], value[:1, :, :FIRST]) for key, value in found.layers))
 
 
 def _with(facts: Facts, **how: str) -> Facts:
     return replace(facts, how={**facts.how, **how})
 
 
-def _causal(way: Way, ids: Tensor) -> tuple[Recording, bool, str]:
+def _causal(way: Way) -> tuple[Recording, bool, str]:
     """What the layers attend to, whether a token's state depends on none that follows it, and how that was found.
 
-    By the gradient, which is exactly zero there: numbers may differ a little where a batch is rounded together.
+    Two rows begin with the same tokens. Where the states of these are equal, nothing looked ahead; else the gradient
+    tells, which is exactly zero in a decoder whose numbers are rounded by the whole batch.
     """
+    base = way.base
+    ids = plain_ids(base, FIRST + 2)
+    rows = torch.cat([ids[:, : FIRST + 1], torch.cat([ids[:, :FIRST], ids[:, FIRST + 1 :]], dim=1)])
+    found, hidden = record(way, {"input_ids": rows})
+    apart = _apart(hidden[0, :FIRST], hidden[1, :FIRST])
+    if hidden.dtype in (torch.float32, torch.float64) and apart <= _EQUAL:
+        return found, True, "the first states with another last token are the same"
+    causal = _looks_back(way, ids[:, :2]) if found.modules or not way.modules[0] else None
+    if causal is not None:
+        return found, causal, f"gradient of the first state to the second token: {'' if causal else 'not '}0"
+    causal = apart <= _HALF_EQUAL
+    return found, causal, f"the first states with another last token are {'' if causal else 'not '}the same"
+
+
+def _looks_back(way: Way, ids: Tensor) -> bool | None:
+    """Whether the first of two tokens is differentiable by its own id alone; None where that cannot be had."""
     base, words = way.base, way.base.get_input_embeddings()
-    own = not sharded(base) and not dispatched(base) and not any(each.is_inference() for each in base.parameters())
+    if sharded(base) or dispatched(base) or any(each.is_inference() for each in base.parameters()):
+        return None
     entered: list[Tensor] = []
 
     def watch(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         entered.append(output.detach().requires_grad_(output.is_floating_point()))
         return entered[-1]
 
-    if own and isinstance(words, nn.Module):
-        handle = words.register_forward_hook(watch)
-        try:
-            with torch.inference_mode(False), torch.enable_grad():
-                found, hidden = record(way, {"input_ids": ids})
-                causal = _by_gradient(hidden, entered)
-        finally:
-            handle.remove()
-        found = replace(found, layers=[(key.detach(), value.detach()) for key, value in found.layers])
-        if causal is not None:
-            return found, causal, f"gradient of the first state to the second token: {'' if causal else 'not '}0"
-    else:
-        found, _ = record(way, {"input_ids": ids})
-    way.bind(found.modules, [], [])
-    _, hidden = record(way, {"input_ids": ids})
-    _, other = record(way, {"input_ids": ids[:, [0, 0]]})
-    causal = _same(hidden[0, 0], other[0, 0])
-    return found, causal, f"first state with another second token: {'' if causal else 'not '}the same"
+    handle = words.register_forward_hook(watch)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            _, hidden = record(way, {"input_ids": ids})
+            return _by_gradient(hidden, entered)
+    finally:
+        handle.remove()
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).float().norm() / one.float().norm().clamp(min=1e-12))
 
 
 def _by_gradient(hidden: Tensor, entered: list[Tensor]) -> bool | None:
@@ -351,12 +370,6 @@ def _check_positions(way: Way, facts: Facts) -> None:
             f"{kind}.forward takes no position_ids, so real tokens cannot be moved behind a prompt; use a model that "
             "takes them, such as gpt2, llama, mistral, qwen, gemma, opt or gpt_neox."
         )
-
-
-def _same(first: Tensor, other: Tensor) -> bool:
-    """Equal but for rounding: experts, say, may put the same token through kernels of another batch size."""
-    tolerance = 1e-4 if first.dtype in (torch.float32, torch.float64) else 2e-2
-    return bool((first - other).float().norm() <= tolerance * first.float().norm())
 
 
 def plain_ids(base: PreTrainedModel, count: int) -> Tensor:
