@@ -19,6 +19,7 @@ from softprompt.errors import UnsupportedError
 from softprompt.facts import Facts, probe, probed, refuses_vectors
 from softprompt.injection.cache_kv import CacheWay, fills_cache
 from softprompt.injection.contract import Way
+from softprompt.injection.interface import own_backend
 from softprompt.prompt import KV, evaluating
 from softprompt.stacking import has_layers
 
@@ -119,6 +120,6 @@ def _key(base: PreTrainedModel) -> tuple[Any, ...]:
     """What a comparison holds for: class, config, number type, device, backends, PEFT's layers, and versions."""
     words = word_table(base)
     config = json.dumps(base.config.to_dict(), sort_keys=True, default=str)
-    backends = tuple(api.backend_of(each) for each in api.configs_of(base))
+    backends = tuple(own_backend(each) for each in api.configs_of(base))
     versions = (transformers.__version__, torch.__version__)
     return own_class(base), config, words.dtype, words.device.type, backends, has_layers(base), versions

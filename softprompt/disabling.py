@@ -20,7 +20,7 @@ class _Here(local):
 
 _HERE = _Here()
 _LOCK = threading.Lock()
-_BLOCKS: list[tuple[Any, frozenset[int]]] = []
+_BLOCKS: list[tuple[Any, frozenset[threading.Thread]]] = []
 """The models that threads have switched off now, and the threads there were when they did."""
 
 
@@ -32,7 +32,7 @@ class SwitchedOnWarning(UserWarning):
 def disabling(model: Any) -> Iterator[None]:
     """Inside the block this thread has no prompt before `model`."""
     before = _HERE.models
-    block = model, frozenset(each.ident or 0 for each in threading.enumerate())
+    block = model, frozenset(threading.enumerate())
     with _LOCK:
         _BLOCKS.append(block)
     _HERE.models = (*before, model)
@@ -54,7 +54,7 @@ def disabled(model: Any) -> bool:
 
 
 def _warn(model: Any) -> None:
-    own = threading.get_ident()
+    own = threading.current_thread()
     if any(own not in alive for other, alive in list(_BLOCKS) if other is model):
         warnings.warn(
             "this thread was started while another is inside disable_adapter(), which holds for the thread that "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -222,8 +223,11 @@ def _looks_back(way: Way, ids: Tensor) -> bool | None:
     if sharded(base) or dispatched(base) or any(each.is_inference() for each in base.parameters()):
         return None
     entered: list[Tensor] = []
+    thread = get_ident()
 
     def watch(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if get_ident() != thread:
+            return output
         entered.append(output.detach().requires_grad_(output.is_floating_point()))
         return entered[-1]
 

@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from itertools import count
 from operator import is_
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class FoldCache:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[Any, Folded]] = {}
+        self._known: dict[Hashable, tuple[Stamp, Folded]] = {}
         self._base: Stamp | None = None
         self._epoch = 0
 
@@ -100,8 +100,9 @@ class FoldCache:
             return None
         return known[1]
 
-    def keep(self, key: Hashable, prompt: nn.Module, folded: Folded) -> None:
-        self._known[key] = Stamp(prompt), folded
+    def keep(self, key: Hashable, stamp: Stamp, folded: Folded) -> None:
+        """Keep what a prompt folded to that had this stamp before."""
+        self._known[key] = stamp, folded
 
     @property
     def kept(self) -> list[Hashable]:

@@ -86,7 +86,7 @@ class Heads(nn.Module):
     def use(self, adapter: str | None) -> None:
         """Put this adapter's copies into the base model; None puts the base model's own modules back."""
         originals: dict[str, nn.Module] = self.__dict__["originals"]
-        with self._alone():
+        with self.alone():
             chosen = self._of(adapter) if adapter is not None else {}
             for path, original in originals.items():
                 self._put(path, chosen.get(path, original))
@@ -111,7 +111,7 @@ class Heads(nn.Module):
         """
         base: PreTrainedModel = self.__dict__["base"]
         originals: dict[str, nn.Module] = self.__dict__["originals"]
-        with self._alone():
+        with self.alone():
             names = [active()] if adapters is None and active is not None else list(adapters or ())
             if not originals:
                 yield names
@@ -127,7 +127,7 @@ class Heads(nn.Module):
                 for path, module in before.items():
                     self._put(path, module)
 
-    def _alone(self) -> AbstractContextManager[Any]:
+    def alone(self) -> AbstractContextManager[Any]:
         """Inside the block no other thread uses or changes the heads in the model; nothing where there are none."""
         if not self.__dict__["originals"] or torch.compiler.is_compiling():
             return nullcontext()

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from softprompt.fitting import fitted, method_of
 from softprompt.fold_cache import FoldCache
 from softprompt.heads import Heads, with_default_heads
 from softprompt.injection.contract import Way
+from softprompt.injection.scope import apart
 from softprompt.loops import InLoops
 from softprompt.prompt import KV, EmbeddingPrompt, SoftPrompt, evaluating
 from softprompt.running import Run
@@ -49,6 +51,7 @@ def get_peft_model(
 
 
 OF_THE_BASE = frozenset({
+    "activation_checkpointing_disable", "activation_checkpointing_enable", "is_activation_checkpointing",
     "add_model_tags", "can_generate", "config", "dtype", "enable_input_require_grads", "disable_input_require_grads",
     "floating_point_ops", "estimate_tokens", "generation_config", "get_decoder", "get_encoder", "get_input_embeddings",
     "get_memory_footprint", "get_output_embeddings", "gradient_checkpointing_disable", "gradient_checkpointing_enable",
@@ -58,6 +61,9 @@ OF_THE_BASE = frozenset({
     "tie_weights", "vocab_size", "warnings_issued", "is_parallelizable", "model_parallel", "framework",
 })  # fmt: skip
 """What a prompted model answers for its base model, which in anything else it has knows nothing of a prompt."""
+
+_CHOOSING = RLock()
+"""Of threads that switch adapters, which must not end with one active and another that trains."""
 
 
 class SoftPromptModel(PushToHubMixin, InLoops):
@@ -128,9 +134,10 @@ class SoftPromptModel(PushToHubMixin, InLoops):
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Use this prompt from now on. Only its parameters train; with `inference_mode` none does."""
         self._check_known(adapter_name)
-        self.active_adapter = adapter_name
-        self.heads.use(adapter_name if self.enabled else None)
-        self._set_trainable(None if inference_mode else adapter_name)
+        with self.heads.alone(), _CHOOSING:
+            self.active_adapter = adapter_name
+            self.heads.use(adapter_name if self.enabled else None)
+            self._set_trainable(None if inference_mode else adapter_name)
 
     def _set_trainable(self, active: str | None) -> None:
         for name, config in self.peft_config.items():
@@ -274,12 +281,13 @@ class SoftPromptModel(PushToHubMixin, InLoops):
     def _calling(self, adapter_names: Sequence[str] | None) -> Iterator[Sequence[str] | None]:
         """Inside the block each row goes through its own head: the names of all rows' adapters, one for all of them, or
         None for the base model alone."""
-        if disabled(self):
-            with self.heads.for_rows([BASE]):
-                yield None
-            return
-        with self.heads.for_rows(adapter_names, lambda: self.active_adapter) as names:
-            yield names
+        with apart(self.base_model):
+            if disabled(self):
+                with self.heads.for_rows([BASE]):
+                    yield None
+                return
+            with self.heads.for_rows(adapter_names, lambda: self.active_adapter) as names:
+                yield names
 
     @torch.no_grad()
     def generate(

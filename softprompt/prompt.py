@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -387,16 +388,29 @@ def solve_linear(layer: nn.Linear, features: Tensor, target: Tensor) -> None:
         layer.bias += update[-1].to(layer.bias.dtype)
 
 
+_MODES_LOCK = Lock()
+_MODES: dict[int, list[Any]] = {}
+"""Modules that are being evaluated: `[by how many blocks, the mode to come back]`."""
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off inside the block; every submodule's own mode comes back afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    """Dropout off inside the block; every submodule's own mode comes back when the last thread leaves one."""
+    parts = list(module.modules())
+    with _MODES_LOCK:
+        for part in parts:
+            _MODES.setdefault(id(part), [0, part.training])[0] += 1
+        module.eval()
     try:
         yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        with _MODES_LOCK:
+            for part in parts:
+                known = _MODES[id(part)]
+                known[0] -= 1
+                if known[0] == 0:
+                    part.training = known[1]
+                    del _MODES[id(part)]
 
 
 def need_count(config: PromptConfig, *names: str) -> None:

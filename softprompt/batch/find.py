@@ -9,7 +9,7 @@ from softprompt.config import EmbeddingConfig, Placement, PromptConfig
 from softprompt.elsewhere import word_table
 from softprompt.errors import ConfigError, RowsError, SoftPromptError, UnsupportedError
 from softprompt.fold import Folded, fold_and_predict
-from softprompt.fold_cache import frozen
+from softprompt.fold_cache import Stamp, frozen
 from softprompt.prompt import KV, Embeddings
 from softprompt.store.loaded import LoadedPrompt
 
@@ -129,14 +129,17 @@ def kept(model: "SoftPromptModel", unit: Unit, labelled: bool = False) -> Folded
         return None
     own = word_table(model.base_model)
     key = unit if vectors else (*unit, own.dtype, own.device)  # keys and values come from no base model
-    if vectors and model.folds.epoch(model.base_model) is None:
+    epoch = model.folds.epoch(model.base_model) if vectors else None
+    if vectors and epoch is None:
         return None
     known = model.folds.get(key, encoder)
     if known is None:
         if torch.compiler.is_compiling() or not frozen(encoder):
             return None
+        stamp = Stamp(encoder)
         known = _lasting(_folded(model, name, encoder.prompt(None if task is None else torch.tensor([task]))))
-        model.folds.keep(key, encoder, known)
+        if not vectors or model.folds.epoch(model.base_model) == epoch:  # else another thread has changed it meanwhile
+            model.folds.keep(key, stamp, known)
     return None if labelled and known.context else known
 
 

@@ -22,7 +22,7 @@ from softprompt.injection.checkpointing import recomputed, run_checkpointed
 from softprompt.injection.contract import Way
 from softprompt.injection.interface import routed
 from softprompt.injection.positions import true_positions
-from softprompt.injection.scope import Recording, Scope, entered
+from softprompt.injection.scope import Recording, Scope, apart, entered
 from softprompt.prompt import KV
 
 
@@ -64,7 +64,7 @@ class AttentionWay(Way):
 
     @contextmanager
     def recorded(self, recording: Recording) -> Iterator[None]:
-        with self._active(self._scope(None, recording)):
+        with apart(self.base), self._active(self._scope(None, recording)):
             yield
 
     def call(self, prefix: KV | None, call: Call) -> Any:
@@ -109,7 +109,7 @@ class AttentionWay(Way):
     def _active(self, scope: Scope) -> Iterator[None]:
         """Route attention through ours and make the scope the current one; undo both."""
         recomputed(self._checkpointed)
-        with routed(self.base, self._configs), entered(scope):
+        with routed(self._configs), entered(scope):
             yield
 
     def _layer_again(
@@ -124,7 +124,7 @@ class AttentionWay(Way):
             def part(*given: Any) -> Any:
                 inner = self._scope(again)
                 inner.positions, inner.last, inner.seen, inner.runs = positions, last, seen, dict(before)
-                with routed(self.base, self._configs), entered(inner):
+                with routed(self._configs), entered(inner):
                     output = layer(*given)
                 scope.runs.update(inner.runs)
                 return output

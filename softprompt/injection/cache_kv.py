@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any, final
 
 import torch
@@ -21,11 +22,11 @@ from softprompt.call import Call
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.injection.checkpointing import recomputed, run_checkpointed
 from softprompt.injection.contract import Way
-from softprompt.injection.interface import BACKENDS
+from softprompt.injection.interface import BACKENDS, own_backend
 from softprompt.injection.lengths import own_lengths
 from softprompt.injection.positions import true_positions
 from softprompt.injection.prefixed_cache import PrefixedCache, additive, left_padding, of_sequences, widen
-from softprompt.injection.scope import Recording, Scope, entered
+from softprompt.injection.scope import Recording, Scope, apart, entered
 from softprompt.prompt import KV
 
 
@@ -58,7 +59,7 @@ class CacheWay(Way):
     @contextmanager
     def recorded(self, recording: Recording) -> Iterator[None]:
         scope = self._scope(None, recording)
-        with ExitStack() as stack:
+        with apart(self.base), ExitStack() as stack:
             attending = self._attending(stack)
             scope.at(self.body, before=self._record(scope, attending), after=_leave(scope))
             recomputed(self._checkpointed)
@@ -70,7 +71,7 @@ class CacheWay(Way):
             return self.base(**call.keywords(self.base))
 
     def _scope(self, prefix: KV | None, recording: Recording | None = None, generating: bool = False) -> Scope:
-        backend = api.backend_of(self.body.config)
+        backend = own_backend(self.body.config)
         if backend not in BACKENDS:
             raise UnsupportedError(
                 f"attention backend {backend!r} cannot take a prefix on {type(self.base).__name__}; load it with "
@@ -91,12 +92,15 @@ class CacheWay(Way):
         if self.modules[0]:
             return self.modules[0].__getitem__
         running: list[nn.Module] = []
+        own = get_ident()  # the hooks are there for other threads' calls, too
 
         def begun(module: nn.Module, _: Any) -> None:
-            running.append(module)
+            if get_ident() == own:
+                running.append(module)
 
         def ended(*_: Any) -> None:
-            running.pop()
+            if get_ident() == own:
+                running.pop()
 
         for module in self.body.modules():
             stack.callback(module.register_forward_pre_hook(begun).remove)
@@ -157,7 +161,7 @@ class CacheWay(Way):
         returned = call.cache if own is None else own
         scope.cache = PrefixedCache(own, prefix, padding, returned, as_tuple=not wanted)
         if mask is not None:
-            mask = mask if api.backend_of(self.body.config) != "eager" else additive(mask, self.body.dtype)
+            mask = mask if own_backend(self.body.config) != "eager" else additive(mask, self.body.dtype)
             mask = widen(mask, prefix, lengths, padding)
         return call.but(cache=scope.cache, mask=mask).plus(return_dict=True)
 

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from softprompt import transformers_api as api
 from softprompt.attention import Prefix, attend, flex
@@ -30,46 +29,49 @@ Pair = tuple[Tensor, Tensor]
 # ---- which function layers call --------------------------------------------------------------------------------------
 
 _LOCK = Lock()
-_ROUTED: "WeakKeyDictionary[PreTrainedModel, list[Any]]" = WeakKeyDictionary()
-"""Base models whose attention goes through ours now: `[how many scopes, [(config, its own backend)]]`."""
+_ROUTED: dict[int, list[Any]] = {}
+"""Configs whose layers' attention goes through ours now: `[for how many scopes, its own backend]`. (Of configs, since a
+model and its body share them.)"""
 
 
 @contextmanager
-def routed(base: PreTrainedModel, configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
+def routed(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
     """Inside the block the layers that read one of these configs call our function over their backend's."""
     if torch.compiler.is_compiling():
         with _traced():
             yield
         return
-    _route(base, configs)
+    _route(configs)
     try:
         yield
     finally:
-        _route_back(base)
+        _route_back(configs)
 
 
-def _route(base: PreTrainedModel, configs: Sequence[PreTrainedConfig]) -> None:
+def _route(configs: Sequence[PreTrainedConfig]) -> None:
     """Switch the names to ours. Threads may share the model: the first in switches, the last out undoes."""
     with _LOCK:
-        before = _ROUTED.get(base)
-        if before is None:
-            names = [(config, api.backend_of(config)) for config in configs]
-            wrapped = [registered(name) for _, name in names]  # may refuse, before anything is changed
-            for (config, _), name in zip(names, wrapped, strict=True):
+        wrapped = [registered(api.backend_of(config)) for config in configs]  # may refuse, before anything is changed
+        for config, name in zip(configs, wrapped, strict=True):
+            if id(config) not in _ROUTED:
+                _ROUTED[id(config)] = [0, api.backend_of(config)]
                 api.set_backend(config, name)
-            before = [0, names]
-            _ROUTED[base] = before
-        before[0] += 1
+            _ROUTED[id(config)][0] += 1
 
 
-def _route_back(base: PreTrainedModel) -> None:
+def _route_back(configs: Sequence[PreTrainedConfig]) -> None:
     with _LOCK:
-        before = _ROUTED[base]
-        before[0] -= 1
-        if before[0] == 0:
-            for config, name in before[1]:
-                api.set_backend(config, name)
-            del _ROUTED[base]
+        for config in configs:
+            routed_now = _ROUTED[id(config)]
+            routed_now[0] -= 1
+            if routed_now[0] == 0:
+                api.set_backend(config, routed_now[1])
+                del _ROUTED[id(config)]
+
+
+def own_backend(config: PreTrainedConfig) -> str:
+    """The name of the backend that a model was loaded with, also while a thread has it go through ours."""
+    return api.backend_of(config).removeprefix(_PREFIX)
 
 
 @contextmanager

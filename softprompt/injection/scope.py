@@ -61,6 +61,7 @@ class Scope:
     turn (`runs` counts). `positions` are the true positions of the current queries, `[B|1, T]`, none of them greater
     than `last` where that is known; `seen` is how many tokens an encoder-decoder's cache holds. `before` and `after`
     are what happens at a module's calls, as torch's hooks with keyword arguments; `cache` is the cache way's stand-in.
+    `apart` are the modules that no `outer` scope acts at.
     """
 
     prefix: KV | None = None
@@ -78,6 +79,7 @@ class Scope:
     checkpointed: Callable[..., Any] | None = None
     cache: Any = None
     outer: Scope | None = None
+    apart: frozenset[nn.Module] = frozenset()
     _groups: dict[tuple[int, torch.device], tuple[Group, ...]] = field(default_factory=dict)
     _lengths: dict[tuple[int, torch.device], Tensor | None] = field(default_factory=dict)
     _masks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -195,6 +197,8 @@ class _Here(local):
 
 _HERE = _Here()
 _WATCHING = Lock()
+_WATCHED = "_softprompt_watched"
+"""The mark of modules that have our hooks; a copy has both."""
 
 
 def current() -> Scope | None:
@@ -214,15 +218,31 @@ def entered(scope: Scope) -> Iterator[None]:
         _HERE.scope = before
 
 
+@contextmanager
+def apart(base: nn.Module) -> Iterator[None]:
+    """Inside the block nothing that is open now acts on `base`: a call may come from within another one, as from a
+    logits processor."""
+    if _HERE.scope is None:
+        yield
+        return
+    with entered(Scope(apart=frozenset(base.modules()))):
+        yield
+
+
 def watch(module: nn.Module) -> None:
     """Let scopes act at a module's calls, from now on. The hooks stay: one that is taken away is missed by a thread
     that is on its way to it."""
-    if _before in module._forward_pre_hooks.values():
+    if module.__dict__.get(_WATCHED) and _hooked(module):
         return
     with _WATCHING:
-        if _before not in module._forward_pre_hooks.values():
+        if not _hooked(module):
             module.register_forward_hook(_after, with_kwargs=True)
             module.register_forward_pre_hook(_before, with_kwargs=True)
+        module.__dict__[_WATCHED] = True  # last: until then another thread waits
+
+
+def _hooked(module: nn.Module) -> bool:
+    return _before in module._forward_pre_hooks.values() and _after in module._forward_hooks.values()
 
 
 def _acting(module: nn.Module, side: str) -> Iterable[Any]:
@@ -232,12 +252,13 @@ def _acting(module: nn.Module, side: str) -> Iterable[Any]:
         found = getattr(scope, side).get(module)
         if found is not None:
             return found
-        scope = scope.outer
+        scope = None if module in scope.apart else scope.outer
     return ()
 
 
-def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if _HERE.scope is None:
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    """(torch has a hook without keyword arguments for an instant, while another thread registers it.)"""
+    if _HERE.scope is None or kwargs is None:
         return None
     for act in _acting(module, "before"):
         changed = act(module, args, kwargs)
@@ -246,8 +267,8 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return args, kwargs
 
 
-def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    if _HERE.scope is None:
+def _after(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
+    if _HERE.scope is None or output is None:
         return output
     for act in _acting(module, "after"):
         output = act(module, args, kwargs, output)
