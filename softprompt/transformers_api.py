@@ -265,6 +265,22 @@ def shifted_mask(options: Mapping[str, Any], by: int | Tensor) -> dict[str, Any]
     return {**options, "mask_function": mask_function}
 
 
+def tempers(module: nn.Module) -> bool:
+    """Whether an attention module scales its queries by how far on they stand, which it counts by columns (Llama 4)."""
+    return bool(getattr(module, "attn_temperature_tuning", False)) and not getattr(module, "use_rope", True)
+
+
+def tempered(module: Any, query: Tensor, positions: Tensor, seen: int | Tensor) -> Tensor:
+    """Queries `[B, h, T, k]` scaled by their `positions` `[B|1, T]`, and no more by columns, the first of which is the
+    one behind `seen`."""
+
+    def scale(at: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((at.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    columns = torch.arange(query.shape[2], device=query.device) + seen
+    return (query * (scale(positions) / scale(columns))[:, None, :, None]).to(query.dtype)
+
+
 # ---- gradient checkpointing ----------------------------------------------------------------------------------------
 
 
