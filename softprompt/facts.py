@@ -89,7 +89,8 @@ class Facts:
         Raises UnsupportedError where nothing attends, ConfigError for parts the model does not have.
         """
         if self.no_prefix:
-            raise UnsupportedError(f"{self.no_prefix}; use prompt_tuning or p_tuning.")
+            remedy = "another model" if self.no_vectors else "prompt_tuning or p_tuning"
+            raise UnsupportedError(f"{self.no_prefix}; use {remedy}.")
         if config.prefix_always_visible and not any(layer.window for layer in self.layers):
             raise ConfigError(
                 "prefix_always_visible is for models with a sliding window, which no layer here that takes a prefix "
@@ -110,7 +111,6 @@ class Facts:
 # ---- finding them ----------------------------------------------------------------------------------------------------
 
 
-
 def record(way: Way, inputs: dict[str, Any]) -> tuple[Recording, Tensor]:
     """Run the model's body (no head) and take down every layer's keys and values; also its first output."""
     recording = Recording()
@@ -124,6 +124,13 @@ def probed(base: PreTrainedModel) -> tuple[Way, Facts]:
 
     UnsupportedError for a model that this version has no way into, naming what does work, or that does not run.
     """
+    try:
+        word_table(base)
+    except (AttributeError, NotImplementedError):
+        raise UnsupportedError(
+            f"{type(base).__name__} has no table of word embeddings that it reads input_ids by, so no virtual token can "
+            "stand before them; use a model of text."
+        ) from None
     try:
         return _probed(base)
     except (SoftPromptError, torch.OutOfMemoryError):  # the latter says nothing about the model
@@ -174,7 +181,29 @@ def probe(way: Way, known: Facts | None = None) -> Facts:
     foldable = causal and not api.keeps_state(base) and attending >= api.number_of_layers(base)
     facts = _facts(way, found, causal=causal, foldable=foldable, no_prefix=_no_prefix(base, found, causal))
     _check_positions(way, facts)
+    if isinstance(way, CacheWay):
+        _try_masks(way)
     return _with(facts, causal=how, foldable="every layer attends, and none keeps a state" if foldable else "")
+
+
+def _try_masks(way: CacheWay) -> None:
+    """Which masks a model that attends in code of its own can take: of four dimensions, or with padding in between."""
+    body, ids = api.own(way.base), plain_ids(way.base, 3)
+    square = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=ids.device).tril()
+    with at_hand(way.base):
+        try:
+            body(input_ids=ids[:, :2], attention_mask=square, use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # its own refusal, whatever it is: Bloom counts ALiBi's positions along a mask's columns
+            way.takes_square_masks = False
+        if way.takes_positions:
+            return
+        hole = torch.tensor([[1, 0, 1]], device=ids.device)
+        padded = body(input_ids=ids, attention_mask=hole, use_cache=False, return_dict=True)[0][0, -1]
+        alone = body(input_ids=ids[:, [0, 2]], use_cache=False, return_dict=True)[0][0, -1]
+    if not _same(padded, alone):
+        way.limits = replace(way.limits, reach=1)
 
 
 def _with(facts: Facts, **how: str) -> Facts:
@@ -192,7 +221,7 @@ def _causal(way: Way, ids: Tensor) -> tuple[Recording, bool, str]:
 
     def watch(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         entered.append(output.detach().requires_grad_(output.is_floating_point()))
-        return entered[-1]
+        return entered[-1].clone()  # (some models add to it in place)
 
     if own and isinstance(words, nn.Module):
         handle = words.register_forward_hook(watch)
@@ -200,13 +229,16 @@ def _causal(way: Way, ids: Tensor) -> tuple[Recording, bool, str]:
             with torch.inference_mode(False), torch.enable_grad():
                 found, hidden = record(way, {"input_ids": ids})
                 causal = _by_gradient(hidden, entered)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # Reformer, say, runs in eval mode only where nothing is differentiated
+            causal = None
         finally:
             handle.remove()
-        found = replace(found, layers=[(key.detach(), value.detach()) for key, value in found.layers])
         if causal is not None:
+            found = replace(found, layers=[(key.detach(), value.detach()) for key, value in found.layers])
             return found, causal, f"gradient of the first state to the second token: {'' if causal else 'not '}0"
-    else:
-        found, _ = record(way, {"input_ids": ids})
+    found, _ = record(way, {"input_ids": ids})
     way.bind(found.modules, [], [])
     _, hidden = record(way, {"input_ids": ids})
     _, other = record(way, {"input_ids": ids[:, [0, 0]]})
@@ -217,7 +249,7 @@ def _causal(way: Way, ids: Tensor) -> tuple[Recording, bool, str]:
 def _by_gradient(hidden: Tensor, entered: list[Tensor]) -> bool | None:
     """Whether the first of two states `[1, 2, d]` is differentiable by its own token alone, of what `entered` the
     model; None where it is by neither."""
-    if not hidden.requires_grad or len(entered) != 1 or entered[0].ndim != 3:
+    if not hidden.requires_grad or len(entered) != 1 or entered[0].shape[:-1] != (1, 2):
         return None
     state = hidden[0, 0].float()
     along = torch.arange(len(state), device=state.device).mul(1.7).cos()  # no direction that a norm fixes
@@ -259,7 +291,8 @@ def _facts(way: Way, found: Recording, **facts: Any) -> Facts:
     offset = 0 if table is None or table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from there
     said = api.context_length(base)
     context = fixed if said is None else said - offset
-    way.limits = Limits(offset, context if table is not None else fixed)
+    sizes = [size for size in (*found.windows, *found.chunks, api.local_window(api.own(base))) if size]
+    way.limits = Limits(offset, context if table is not None else fixed, min(sizes, default=None))
     layers = zip(found.layers, found.windows, found.chunks, strict=True)
     return Facts(
         layers=tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3], window, chunk) for (k, v), window, chunk in layers),

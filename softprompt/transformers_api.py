@@ -254,6 +254,11 @@ def chunk_in(options: Mapping[str, Any]) -> int | None:
     return chunk if chunk is not None and options.get("local_size") == chunk else None
 
 
+def local_window(body: PreTrainedModel) -> int | None:
+    """How far layers see that attend locally in code of their own (GPT-Neo)."""
+    return getattr(body.config, "window_size", None) if "local" in getattr(body.config, "attention_layers", ()) else None
+
+
 def shifted_mask(options: Mapping[str, Any], by: int | Tensor) -> dict[str, Any]:
     """The options of a mask maker for rows whose tokens stand `by` (`[B]`: each row's own) positions further on."""
     inner = options["mask_function"]

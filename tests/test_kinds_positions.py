@@ -1,10 +1,11 @@
-"""Models whose masks, scores or states depend on where a token stands, beyond what positions tell: right, or refused."""
+"""Models whose masks or scores depend on where a token stands, beyond what positions tell: right, or refused."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
 
+import families
 import naive
 import pytest
 import tiny
@@ -13,7 +14,7 @@ import transformers as hf
 from test_backends import flexible as flexible
 from torch import Tensor
 
-from softprompt import PrefixTuningConfig, PromptTuningConfig, SoftPromptModel, get_peft_model
+from softprompt import ConfigError, PrefixTuningConfig, PromptTuningConfig, SoftPromptModel, get_peft_model
 
 ROWS = (7, 20, 13)
 CHUNK = 8
@@ -140,5 +141,84 @@ def test_chunks_behind_prompts_of_different_lengths(side: str) -> None:
 def test_rows_of_several_sequences_in_chunks_are_refused() -> None:
     model = wrapped(llama4())
     ids, positions = torch.arange(3, 13)[None], torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
-    with pytest.raises(ValueError, match="attends in chunks.*give each sequence a row of its own"):
+    with pytest.raises(ValueError, match=r"attends in chunks.*give each sequence a row of its own"):
         model(input_ids=ids, position_ids=positions)
+
+
+# ---- padding between the tokens of a row --------------------------------------------------------------------------
+
+
+def gpt_neo() -> Any:
+    options = {**families._NAMES, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 5}
+    types = {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": tiny.CONTEXT}
+    return made(hf.GPTNeoConfig, hf.GPTNeoForCausalLM, **options, **types)
+
+
+def decoder(name: str) -> Any:
+    return {"gpt_neo": gpt_neo, "llama4": llama4.__wrapped__}.get(name, lambda: families.build(name, "CAUSAL_LM"))()
+
+
+def with_holes() -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    ids, mask = torch.randint(3, tiny.VOCAB, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 3:5], mask[1, :2], mask[1, 6] = 0, 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("config_class", [PromptTuningConfig, PrefixTuningConfig])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom", "falcon_alibi"])
+@torch.no_grad()
+def test_a_row_with_holes_is_the_row_without_these_tokens(family: str, config_class: Any) -> None:
+    model, batch = wrapped(decoder(family), config_class), with_holes()
+    check_rows(model, batch, model(**batch).logits)
+
+
+@pytest.mark.parametrize("config_class", [PromptTuningConfig, PrefixTuningConfig])
+@pytest.mark.parametrize("family", ["mpt", "gpt_neo", "mistral_window", "gemma3", "llama4"])
+@torch.no_grad()
+def test_holes_are_refused_where_distances_count_columns(family: str, config_class: Any) -> None:
+    """ALiBi by columns (MPT), windows and chunks: the others' sum of positions does not help there."""
+    model, batch = wrapped(decoder(family), config_class), with_holes()
+    with pytest.raises(ConfigError, match=r"row 0.*by columns; leave these tokens out and pad all rows on one side"):
+        model(**batch)
+    with pytest.raises(ConfigError, match="by columns"):
+        model.generate(**batch, max_new_tokens=2, **PLAIN)
+    for side in ("left", "right"):
+        padded = tiny.ragged(ROWS, side)
+        check_rows(model, padded, model(**padded).logits)
+
+
+@torch.no_grad()
+def test_holes_within_a_window_are_right() -> None:
+    base = tiny.build("mistral", sliding_window=9)
+    batch = with_holes()
+    model = wrapped(base, length=3)
+    check_rows(model, batch, model(**batch).logits)
+
+
+# ---- something beside the attention function ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("config_class", [PromptTuningConfig, PrefixTuningConfig])
+def test_diffllama_is_exact_through_its_cache(config_class: Any, backend: str) -> None:
+    """It takes its values apart before the attention function sees them, so keys and values go through the cache."""
+    base = made(hf.DiffLlamaConfig, hf.DiffLlamaForCausalLM, **tiny.GQA)
+    base.set_attn_implementation(backend)
+    model = wrapped(base, config_class)
+    assert model.way.name == "cache" and model.facts.foldable
+    weights = [each for each in model.parameters() if each.requires_grad]
+    for side in ("left", "right"):
+        batch = tiny.ragged(ROWS, side)
+        with torch.no_grad():
+            check_rows(model, batch, model(**batch).logits)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        got, want = model(**batch, labels=labels).loss, naive.loss(model, batch, labels)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        for one, other in zip(torch.autograd.grad(got, weights), torch.autograd.grad(want, weights), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    batch = tiny.ragged(ROWS, "left")
+    for held in (None, "static"):
+        texts = model.generate(**batch, max_new_tokens=5, cache_implementation=held, **PLAIN)
+        for number, row in enumerate(each_row(batch)):
+            assert texts[number, -5:].tolist() == naive.greedy(model, row, 5)[0].tolist()

@@ -188,6 +188,7 @@ class AttentionWay(Way):
 
     def _shifted(self, scope: Scope, call: Call) -> Call:
         """The call with the positions of its tokens."""
+        self.check_holes(call, scope.generating)
         rows, given, offset = call.rows, call.positions, self.limits.position_offset
         if scope.generating and offset:
             given = None  # counted from 0 there, which such a model's own positions are not

@@ -291,7 +291,9 @@ def within(
     if window is not None:
         return (queries - columns < window)[:, None]
     assert chunk is not None
-    return (queries.div(chunk, rounding_mode="floor") == columns.clamp(min=0).div(chunk, rounding_mode="floor"))[:, None]
+    return (queries.div(chunk, rounding_mode="floor") == columns.clamp(min=0).div(chunk, rounding_mode="floor"))[
+        :, None
+    ]
 
 
 def spread_rows(rows: Tensor | None, batch: int) -> Tensor | None:
