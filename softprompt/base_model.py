@@ -19,7 +19,7 @@ from softprompt.errors import UnsupportedError
 from softprompt.facts import Facts, probe, probed, refuses_vectors
 from softprompt.injection.cache_kv import CacheWay, fills_cache
 from softprompt.injection.contract import Way
-from softprompt.injection.interface import own_backend
+from softprompt.injection.interface import BACKENDS, own_backend
 from softprompt.prompt import KV, evaluating
 from softprompt.stacking import has_layers
 
@@ -78,7 +78,8 @@ class BaseModel:
         reason = self._known(compare_keys)
         if not reason:
             return
-        if not isinstance(self.way, CacheWay) and self.facts.foldable and fills_cache(self.base):
+        plain = api.backend_of(api.own(self.base).config) in BACKENDS
+        if plain and not isinstance(self.way, CacheWay) and self.facts.foldable and fills_cache(self.base):
             before = self.way, self.facts
             self.way = CacheWay(self.base)
             with torch.no_grad(), evaluating(self.base):

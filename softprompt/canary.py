@@ -201,7 +201,9 @@ class _Trial:
         """How much the model alone differs where a row shares a batch, as one does whose layers round by all of it."""
         if self._noise is None:
             other = self.ids[:, LENGTH:].flip(0)
-            alone, both = self.alone(self.ids[:1, LENGTH:]), self.alone(other)
+            more: dict[str, Any] = {"decoder_input_ids": self.prompt} if self.facts.encoder_decoder else {}
+            both = self.alone(other, **{name: value.expand(2, -1) for name, value in more.items()})
+            alone = self.alone(self.ids[:1, LENGTH:], **more)
             self._noise = _difference(both[1:2], alone) or 0.0
         return self._noise
 
@@ -299,6 +301,7 @@ def _onward(trial: _Trial, call: Callable[[Call], Any], exact: bool) -> Iterator
         )
         return
     wider = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+    wider[2] = 1  # (compared no more: behind its padding nothing can follow where distances count columns)
     later = call(Call(ids=nexts, mask=wider, cache=cache[1], rest={"use_cache": True, **more}))
     got, want = states(later)[:2, -1:], torch.stack([first[long : long + 1], second[short : short + 1]])
     yield trial.compared(f"one token later, with a cache{where}", got, want)

@@ -95,7 +95,8 @@ class Facts:
         Raises UnsupportedError where nothing attends, ConfigError for parts the model does not have.
         """
         if self.no_prefix:
-            raise UnsupportedError(f"{self.no_prefix}; use prompt_tuning or p_tuning.")
+            remedy = "another model" if self.no_vectors else "prompt_tuning or p_tuning"
+            raise UnsupportedError(f"{self.no_prefix}; use {remedy}.")
         if config.prefix_always_visible and not any(layer.window for layer in self.layers):
             raise ConfigError(
                 "prefix_always_visible is for models with a sliding window, which no layer here that takes a prefix "
@@ -131,6 +132,13 @@ def probed(base: PreTrainedModel) -> tuple[Way, Facts, KV | None]:
 
     UnsupportedError for a model that this version has no way into, naming what does work, or that does not run.
     """
+    try:
+        word_table(base)
+    except (AttributeError, NotImplementedError):
+        raise UnsupportedError(
+            f"{type(base).__name__} has no table of word embeddings that it reads input_ids by, so no virtual token can "
+            "stand before them; use a model of text."
+        ) from None
     try:
         return _probed(base)
     except (SoftPromptError, torch.OutOfMemoryError):  # the latter says nothing about the model
@@ -189,8 +197,30 @@ def probe(way: Way, known: Facts | None = None) -> tuple[Facts, KV]:
         no_prefix=_no_prefix(base, found, causal),
     )
     _check_positions(way, facts)
+    if isinstance(way, CacheWay):
+        _try_masks(way)
     facts = _with(facts, causal=how, foldable="every layer attends, and none keeps a state" if foldable else "")
     return facts, KV(tuple((key[:1, :, :FIRST], value[:1, :, :FIRST]) for key, value in found.layers))
+
+
+def _try_masks(way: CacheWay) -> None:
+    """Which masks a model that attends in code of its own can take: of four dimensions, or with padding in between."""
+    body, ids = api.own(way.base), plain_ids(way.base, 3)
+    square = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=ids.device).tril()
+    with at_hand(way.base):
+        try:
+            body(input_ids=ids[:, :2], attention_mask=square, use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # its own refusal, whatever it is: Bloom counts ALiBi's positions along a mask's columns
+            way.takes_square_masks = False
+        if way.takes_positions:
+            return
+        hole = torch.tensor([[1, 0, 1]], device=ids.device)
+        padded = body(input_ids=ids, attention_mask=hole, use_cache=False, return_dict=True)[0][0, -1]
+        alone = body(input_ids=ids[:, [0, 2]], use_cache=False, return_dict=True)[0][0, -1]
+    if not _same(padded, alone):
+        way.limits = replace(way.limits, reach=1)
 
 
 def _with(facts: Facts, **how: str) -> Facts:
@@ -229,13 +259,17 @@ def _looks_back(way: Way, ids: Tensor) -> bool | None:
         if get_ident() != thread:
             return output
         entered.append(output.detach().requires_grad_(output.is_floating_point()))
-        return entered[-1]
+        return entered[-1].clone()  # (some models add to it in place)
 
     handle = words.register_forward_hook(watch)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             _, hidden = record(way, {"input_ids": ids})
             return _by_gradient(hidden, entered)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # Reformer, say, runs in eval mode only where nothing is differentiated
+        return None
     finally:
         handle.remove()
 
@@ -247,7 +281,7 @@ def _apart(one: Tensor, other: Tensor) -> float:
 def _by_gradient(hidden: Tensor, entered: list[Tensor]) -> bool | None:
     """Whether the first of two states `[1, 2, d]` is differentiable by its own token alone, of what `entered` the
     model; None where it is by neither."""
-    if not hidden.requires_grad or len(entered) != 1 or entered[0].ndim != 3:
+    if not hidden.requires_grad or len(entered) != 1 or entered[0].shape[:-1] != (1, 2):
         return None
     state = hidden[0, 0].float()
     along = torch.arange(len(state), device=state.device).mul(1.7).cos()  # no direction that a norm fixes
@@ -289,7 +323,8 @@ def _facts(way: Way, found: Recording, **facts: Any) -> Facts:
     offset = 0 if table is None or table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from there
     said = api.context_length(base)
     context = fixed if said is None else said - offset
-    way.limits = Limits(offset, context if table is not None else fixed)
+    sizes = [size for size in (*found.windows, *found.chunks, api.local_window(api.own(base))) if size]
+    way.limits = Limits(offset, context if table is not None else fixed, min(sizes, default=None))
     layers = zip(found.layers, found.windows, found.chunks, strict=True)
     return Facts(
         layers=tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3], window, chunk) for (k, v), window, chunk in layers),

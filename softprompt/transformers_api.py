@@ -261,6 +261,11 @@ def chunk_in(options: Mapping[str, Any]) -> int | None:
     return chunk if chunk is not None and options.get("local_size") == chunk else None
 
 
+def local_window(body: PreTrainedModel) -> int | None:
+    """How far layers see that attend locally in code of their own (GPT-Neo)."""
+    return getattr(body.config, "window_size", None) if "local" in getattr(body.config, "attention_layers", ()) else None
+
+
 def shifted_mask(options: Mapping[str, Any], by: int | Tensor) -> dict[str, Any]:
     """The options of a mask maker for rows whose tokens stand `by` (`[B]`: each row's own) positions further on."""
     inner = options["mask_function"]
@@ -270,6 +275,22 @@ def shifted_mask(options: Mapping[str, Any], by: int | Tensor) -> dict[str, Any]
         return inner(batch, head, query + shift, key + shift)
 
     return {**options, "mask_function": mask_function}
+
+
+def tempers(module: nn.Module) -> bool:
+    """Whether an attention module scales its queries by how far on they stand, which it counts by columns (Llama 4)."""
+    return bool(getattr(module, "attn_temperature_tuning", False)) and not getattr(module, "use_rope", True)
+
+
+def tempered(module: Any, query: Tensor, positions: Tensor, seen: int | Tensor) -> Tensor:
+    """Queries `[B, h, T, k]` scaled by their `positions` `[B|1, T]`, and no more by columns, the first of which is the
+    one behind `seen`."""
+
+    def scale(at: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((at.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    columns = torch.arange(query.shape[2], device=query.device) + seen
+    return (query * (scale(positions) / scale(columns))[:, None, :, None]).to(query.dtype)
 
 
 # ---- gradient checkpointing ----------------------------------------------------------------------------------------

@@ -154,6 +154,8 @@ def _attention_through(backend: str) -> Callable[..., Any]:
         asked = api.Asked(module, kwargs)
         if scope.recording is not None:
             scope.recording.add(module, query, key, value, asked.window)
+        if scope.positions is not None and api.tempers(module):
+            query = api.tempered(module, query, scope.positions.to(query.device), scope.seen)
         pair = scope.pair(module)
         if pair is None:
             return plain(module, query, key, value, mask, **kwargs)
