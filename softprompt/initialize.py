@@ -131,8 +131,8 @@ def _check_layers(kv: KV, config: KVConfig) -> None:
     if found != config.prefix_shapes:
         raise ConfigError(
             f"past_key_values has layers of [heads, key size, value size] {found}, but this prefix has "
-            f"{config.prefix_shapes}; give a cache of the same base model, or, where that caches something else than it "
-            "attends to, use initialize_kv_prefix_from_text."
+            f"{config.prefix_shapes}; give a cache of the same base model, or, where that caches something else than "
+            "it attends to, use initialize_kv_prefix_from_text."
         )
 
 
