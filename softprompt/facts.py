@@ -136,8 +136,8 @@ def probed(base: PreTrainedModel) -> tuple[Way, Facts, KV | None]:
         word_table(base)
     except (AttributeError, NotImplementedError):
         raise UnsupportedError(
-            f"{type(base).__name__} has no table of word embeddings that it reads input_ids by, so no virtual token can "
-            "stand before them; use a model of text."
+            f"{type(base).__name__} has no table of word embeddings that it reads input_ids by, so no virtual token "
+            "can stand before them; use a model of text."
         ) from None
     try:
         return _probed(base)
@@ -219,7 +219,7 @@ def _try_masks(way: CacheWay) -> None:
         hole = torch.tensor([[1, 0, 1]], device=ids.device)
         padded = body(input_ids=ids, attention_mask=hole, use_cache=False, return_dict=True)[0][0, -1]
         alone = body(input_ids=ids[:, [0, 2]], use_cache=False, return_dict=True)[0][0, -1]
-    if not _same(padded, alone):
+    if _apart(padded, alone) > _HALF_EQUAL:
         way.limits = replace(way.limits, reach=1)
 
 

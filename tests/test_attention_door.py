@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from softprompt import (
     ConfigError,
@@ -452,10 +453,11 @@ def test_something_that_is_no_transformers_model() -> None:
 
 def test_a_backend_without_a_door() -> None:
     base = tiny.build("llama")
-    base.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(UnsupportedError, match=r"'flash_attention_2'.*'sdpa' or 'eager'"):
+    AttentionInterface.register("of_ones_own", sdpa_attention_forward)
+    base.set_attn_implementation("of_ones_own")
+    with pytest.raises(UnsupportedError, match=r"'of_ones_own'.*'sdpa' or 'eager'"):
         get_peft_model(base, PrefixTuningConfig())
-    assert base.config._attn_implementation == "flash_attention_2"
+    assert base.config._attn_implementation == "of_ones_own"
 
 
 def test_experts_are_causal() -> None:
