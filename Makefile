@@ -11,19 +11,23 @@ PIP       := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export HF_HUB_OFFLINE = 1
 # Threads that wait by spinning make training many times slower on cores that are shared.
 export OMP_WAIT_POLICY ?= passive
+# Without its own files of compiled code Python would compile torch and transformers again in every process.
+export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup demo serve-demo test lint types test-floor test-vllm bench bench-quality bench-serving docs readme clean
+.PHONY: help setup demo serve-demo test test-full lint types test-floor test-vllm bench bench-quality bench-serving docs readme support test-newest clean
 
 help:
 	@echo "make demo        train a prefix on the embedded model, save, reload, generate, report (OUT=$(OUT))"
 	@echo "make serve-demo  train three prompts for the embedded model and serve them (PORT=$(PORT))"
-	@echo "make test        lint, types, all tests"
+	@echo "make test        lint, types, the tests: of the large grids the cells that have every pair of values"
+	@echo "make test-full   lint, types, the tests with every cell of the grids"
 	@echo "make test-floor  the tests on the lowest supported versions, in their own environment"
 	@echo "make test-vllm   the tests of the vLLM engine, in their own environment"
 	@echo "make bench       the tables of speed and memory (SPEED=--quick: minutes; SPEED='--device cuda': on a GPU)"
 	@echo "make bench-quality  the tables of what the prompts learn: hours"
 	@echo "make bench-serving  the tables of the servers: throughput, first token, load and faults"
 	@echo "make docs        docs/first-run.md from a real run of the demo"
+	@echo "make support     docs/support.md: every language model class of transformers, tried: minutes"
 	@echo "make readme      the generated parts of README.md: tables, methods, tree"
 	@echo "make clean       remove what the other targets made"
 
@@ -56,6 +60,9 @@ types: $(VENV)/.dev
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+test-full: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --full
 
 test-floor:
 	$(MAKE) VENV='$(VENV)-floor' floor
@@ -110,8 +117,11 @@ docs: $(VENV)/.run
 	$(BIN)/python scripts/record_first_run.py
 	$(BIN)/python scripts/fill_readme.py
 
+support: $(VENV)/.run
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/make_support.py
+
 readme: $(VENV)/.run
-	$(BIN)/python scripts/make_support.py
+	$(BIN)/python scripts/make_support.py --methods
 	$(BIN)/python scripts/fill_readme.py
 
 clean:

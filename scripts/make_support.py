@@ -1,96 +1,95 @@
-"""Write docs/support.md: which method runs on which family and head, and why not where it does not.
+"""Write docs/support.md: what the library does on every language model class of the installed transformers.
 
-    python scripts/make_support.py            write docs/support.md
-    python scripts/make_support.py --check    exit 1 where it is out of date
+    python scripts/make_support.py             try every class (minutes) and write the page
+    python scripts/make_support.py --methods   write only its second part, from the conformance tests (seconds)
+    python scripts/make_support.py --check     exit 1 where the second part is out of date
 
-The cells are those of tests/test_conformance.py, which tests every one of them; the reasons are the errors they raise.
+The trials are those of tests/trial.py, each in a process of its own. What came of each comparison goes to
+runs/support.jsonl. The exit status is 1 if anything came out wrong, or ended in an exception that is no refusal.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import families  # noqa: E402
-from conformance import Cell  # noqa: E402
+import outcomes  # noqa: E402
+import support_classes  # noqa: E402
+import support_methods  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
-from softprompt import METHODS, UnsupportedError  # noqa: E402
-
-PATH = ROOT / "docs" / "support.md"
+PATH, LOG = ROOT / "docs" / "support.md", ROOT / "runs" / "support.jsonl"
+PART = re.compile(r"<!-- (?P<name>classes|methods) -->\n(?P<body>.*?)<!-- /(?P=name) -->\n", re.DOTALL)
 HEAD = """# What runs on what
 
-Written by `python scripts/make_support.py` from the conformance tests; not to be edited by hand.
+Written by `python scripts/make_support.py` (`make support`); not to be edited by hand.
 
-Every cell is a test (`tests/test_conformance.py`), on a tiny model of the family with random weights and for each head
-that transformers has for it. A head that works has passed all of these: outputs, loss and gradients equal the plain
-formulation, one row at a time without padding, for batches with padding on either side; five training steps lower the
-loss; a saved prompt gives the same outputs in another process; and, for language models, a batch generates what its
-rows generate alone. Equality and generation also hold, on every family, for a prompt behind the first token
-(`placement="after_bos"`), and on encoder-decoders for a prefix on all three attentions.
-
-✓ stands for all heads of the family; otherwise the heads that work are named. A dash means that the method cannot exist
-there; the reasons are below the table. `MASKED_LM` is no task type of PEFT's: leave `task_type` unset for it.
 """
 
 
-def reason(cell: Cell) -> str:
-    """What a cell that cannot exist says."""
-    try:
-        cell.model()
-    except UnsupportedError as error:
-        return str(error)
-    raise SystemExit(f"{cell} works, but is said not to; see Cell.refusal in tests/conformance.py")
+def page(parts: dict[str, str]) -> str:
+    return HEAD + "\n".join(f"<!-- {name} -->\n{body}<!-- /{name} -->\n" for name, body in parts.items())
 
 
-def row(name: str) -> tuple[str, dict[str, str]]:
-    """A family's line of the table, and the first reason of each method that has one."""
-    family = families.FAMILIES[name]
-    columns, reasons = [], {}
-    for method in sorted(METHODS):
-        cells = [Cell(method, name, task) for task in family.tasks]
-        working = [cell.task for cell in cells if cell.refusal is None]
-        refused = [cell for cell in cells if cell.refusal is not None]
-        columns.append("✓" if not refused else ", ".join(working) or "–")
-        if refused:
-            reasons[method] = reason(refused[0])
-    return f"| {name} | {family.kind} | {', '.join(family.tasks)} | {' | '.join(columns)} |", reasons
+def written() -> dict[str, str]:
+    """The parts of the page as it is."""
+    text = PATH.read_text(encoding="utf-8") if PATH.exists() else ""
+    return {"classes": "", "methods": ""} | {match["name"]: match["body"] for match in PART.finditer(text)}
 
 
-def document() -> str:
-    lines = [HEAD]
-    names = [f"`{method}`" for method in sorted(METHODS)]
-    lines += [f"| family | kind | heads | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
-    why: dict[str, dict[str, list[str]]] = {}
-    for name in families.FAMILIES:
-        line, reasons = row(name)
-        lines.append(line)
-        for method, text in reasons.items():
-            why.setdefault(text, {}).setdefault(method, []).append(name)
-    lines += ["", "## Why not", ""]
-    for text, where in why.items():
-        found = next(iter(where.values()))
-        lines.append(f"- {', '.join(f'`{method}`' for method in where)} on {', '.join(found)}: {text}")
-    return "\n".join(lines) + "\n"
+def tried() -> list[dict[str, Any]]:
+    """Every class tried, each result written down as it comes."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    results = []
+    with LOG.open("w", encoding="utf-8") as log:
+        for result in outcomes.walk():
+            log.write(json.dumps(result) + "\n")
+            log.flush()
+            print(support_classes.line(result), flush=True)
+            results.append(result)
+    return results
+
+
+def write(text: str) -> None:
+    temporary = PATH.with_name(".support.md.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, PATH)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where the file is out of date")
-    check = parser.parse_args().check
-    text = document()
-    if check:
-        if not PATH.exists() or PATH.read_text(encoding="utf-8") != text:
-            raise SystemExit("docs/support.md is out of date; run python scripts/make_support.py")
+    parser.add_argument("--methods", action="store_true", help="leave the part about classes as it is")
+    parser.add_argument("--check", action="store_true", help="fail where the second part is out of date")
+    parser.add_argument("--from-log", action="store_true", help="write the page from runs/support.jsonl")
+    given = parser.parse_args()
+    parts = written()
+    if given.check:
+        if parts["methods"] != support_methods.document():
+            raise SystemExit("docs/support.md is out of date; run python scripts/make_support.py --methods")
         return
-    temporary = PATH.with_name(".support.md.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, PATH)
+    parts["methods"] = support_methods.document()
+    if given.methods:
+        write(page(parts))
+        return
+    results = [json.loads(each) for each in LOG.read_text().splitlines()] if given.from_log else tried()
+    parts["classes"] = support_classes.document(results)
+    write(page(parts))
+    if bad := support_classes.bad(results):
+        raise SystemExit("\n".join(["not right, and not refused:", *bad]))
 
 
 if __name__ == "__main__":

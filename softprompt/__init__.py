@@ -9,6 +9,7 @@ from softprompt.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from softprompt.checking import check
 from softprompt.cloze import Cloze
 from softprompt.cloze.verbalizer import Verbalizer
 from softprompt.config import PromptConfig, TaskType
@@ -113,6 +114,7 @@ __all__ = [
     "UnsupportedError",
     "Verbalizer",
     "__version__",
+    "check",
     "compare_prompts",
     "compose_cartridge_adapters",
     "compose_prefixes",

@@ -43,7 +43,9 @@ class AutoPeftModel:
         `revision` and `subfolder` are the prompt's; `options` go to the base model's `from_pretrained`. Raises
         CheckpointError for the prompt, ConfigError for a base model that is not named or cannot be loaded.
         """
-        for_hub = {name: options[name] for name in _OF_THE_HUB if name in options} | {"subfolder": subfolder}
+        for_hub: dict[str, Any] = {name: options[name] for name in _OF_THE_HUB if name in options} | {
+            "subfolder": subfolder
+        }
         config = load_config(model_id, revision, **for_hub)
         if config.base_model_name_or_path is None:
             raise ConfigError(

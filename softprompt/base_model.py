@@ -19,8 +19,8 @@ from softprompt.errors import UnsupportedError
 from softprompt.facts import Facts, probe, probed, refuses_vectors
 from softprompt.injection.cache_kv import CacheWay, fills_cache
 from softprompt.injection.contract import Way
-from softprompt.injection.interface import own_backend
-from softprompt.prompt import evaluating
+from softprompt.injection.interface import BACKENDS, own_backend
+from softprompt.prompt import KV, evaluating
 from softprompt.stacking import has_layers
 
 _LOCK = Lock()
@@ -33,8 +33,8 @@ _KNOWN: dict[tuple[Any, ...], list[Comparison]] = {}
 class BaseModel:
     """The way into a base model and its facts, found once; `verify` compares before anything is trusted.
 
-        found = BaseModel.of(base)
-        found.way, found.facts
+    found = BaseModel.of(base)
+    found.way, found.facts
     """
 
     way: Way
@@ -42,6 +42,8 @@ class BaseModel:
     verify: bool = True
     far: int = FAR
     compared: list[Comparison] = field(default_factory=list)
+    first: KV | None = None
+    """What the layers made of the first tokens that the model was tried with."""
 
     @staticmethod
     def of(base: PreTrainedModel, verify: bool = True, far: int = FAR) -> BaseModel:
@@ -50,10 +52,11 @@ class BaseModel:
         On a causal model keys and values are compared at once, since vectors are folded into them; what else is
         compared when a prompt of its kind comes (`trust`).
         """
-        found = BaseModel(*probed(base), verify, far)
+        way, facts, first = probed(base)
+        found = BaseModel(way, facts, verify, far, first=first)
         if found.facts.causal and found.facts.layers:
             found._trust_keys()
-        found.facts = replace(found.facts, vectors=found._no_vectors)
+        found.facts, found.first = replace(found.facts, vectors=found._no_vectors), None
         return found
 
     @property
@@ -75,11 +78,13 @@ class BaseModel:
         reason = self._known(compare_keys)
         if not reason:
             return
-        if not isinstance(self.way, CacheWay) and self.facts.foldable and fills_cache(self.base):
+        plain = api.backend_of(api.own(self.base).config) in BACKENDS
+        if plain and not isinstance(self.way, CacheWay) and self.facts.foldable and fills_cache(self.base):
             before = self.way, self.facts
             self.way = CacheWay(self.base)
             with torch.no_grad(), evaluating(self.base):
-                self.facts = replace(probe(self.way, self.facts), vectors=self.facts.vectors)
+                seen, self.first = probe(self.way, self.facts)
+            self.facts = replace(seen, vectors=self.facts.vectors)
             if self.facts.layers and not self._known(compare_keys):
                 return
             self.way, self.facts = before
@@ -97,7 +102,8 @@ class BaseModel:
         with _LOCK:
             found = _KNOWN.get(key)
         if found is None:
-            arguments = () if compare is compare_folded else (self.far,)
+            arguments: tuple[Any, ...] = () if compare is compare_folded else (self.far,)
+            arguments += (self.first,) if compare is compare_keys else ()
             found = compare(self.way, self.facts, *arguments)
             with _LOCK:
                 _KNOWN[key] = found

@@ -130,7 +130,7 @@ class Call:
             return False
         return not isinstance(self.labels, Tensor) or self.labels.ndim < 2 or self.labels.is_floating_point()
 
-    # ---- changed for a purpose -----------------------------------------------------------------------------------------
+    # ---- changed for a purpose -----------------------------------------------------------------------------------
 
     def apart(self) -> Call:
         """With no cache where a row holds several sequences.

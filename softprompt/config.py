@@ -219,7 +219,7 @@ class KVConfig(PromptConfig):
 
     The three prefixes of an encoder-decoder (Li and Liang 2021, section 4.1 and their code) can each be on or off; PEFT
     knows the decoder's self-attention only. `layer_shapes` (`[heads, key size, value size]` per layer, filled in by the
-    model) is there only where layers are not all alike.
+    model) is there only where layers are not all alike; `token_dim` and `num_attention_heads` are then the widest's.
     """
 
     NOT_IN_PEFT = ("decoder_prefix", "cross_prefix", "encoder_prefix", "prefix_always_visible", "layer_shapes")
@@ -245,6 +245,22 @@ class KVConfig(PromptConfig):
         """Whether its checkpoint has PEFT's form for encoder-decoders, two pairs per layer (see `softprompt.pairs`)."""
         return self.num_transformer_submodules == 2 and self.layer_shapes is None
 
+    @property
+    def padded(self) -> bool:
+        """Whether its checkpoint has PEFT's form for layers that differ, each padded to the widest (see `pairs`).
+
+        Keys and values of different sizes have no such form, and none had it before `token_dim` was the widest's.
+        """
+        if self.layer_shapes is None or self.num_transformer_submodules == 2 or self.token_dim is None:
+            return False
+        widest = widest_shape(self.layer_shapes)
+        return widest is not None and (self.num_attention_heads, self.token_dim) == (widest[0], widest[0] * widest[1])
+
+    @property
+    def beyond_peft(self) -> dict[str, Any]:
+        beyond = super().beyond_peft
+        return {name: value for name, value in beyond.items() if not (name == "layer_shapes" and self.padded)}
+
     def as_saved(self) -> Self:
         saved = super().as_saved()
         return replace(saved, num_layers=2 * self.num_layers) if self.paired and self.num_layers else saved
@@ -262,3 +278,13 @@ class KVConfig(PromptConfig):
     def prefix_width(self) -> int:
         """Numbers per virtual token, Σ h·(k+v)."""
         return sum(heads * (key + value) for heads, key, value in self.prefix_shapes)
+
+
+def widest_shape(shapes: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """Heads and size of the layer that every other one fits into.
+
+    None where there is no such layer, or keys and values have different sizes: PEFT cannot give each its part then.
+    """
+    heads, size = max(each[0] for each in shapes), max(each[1] for each in shapes)
+    even = all(key == value for _, key, value in shapes)
+    return (heads, size) if even and [heads, size, size] in map(list, shapes) else None

@@ -57,8 +57,8 @@ def _warn(model: Any) -> None:
     own = threading.current_thread()
     if any(own not in alive for other, alive in list(_BLOCKS) if other is model):
         warnings.warn(
-            "this thread was started while another is inside disable_adapter(), which holds for the thread that entered "
-            "it alone: the prompt is used here. Enter disable_adapter() in the thread that calls the model.",
+            "this thread was started while another is inside disable_adapter(), which holds for the thread that "
+            "entered it alone: the prompt is used here. Enter disable_adapter() in the thread that calls the model.",
             SwitchedOnWarning,
             stacklevel=4,
         )

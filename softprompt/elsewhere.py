@@ -22,6 +22,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from softprompt import transformers_api as api
 from softprompt.errors import UnsupportedError
 from softprompt.transformers_api import loader_of
+from softprompt.vocabulary import check_ids
 
 
 def sharded(base: nn.Module) -> bool:
@@ -70,12 +71,36 @@ def place_of(module: nn.Module) -> torch.device:
     )
 
 
+def words_of(base: Any) -> Any:
+    """The input embeddings that a prompt's vectors stand among: of two stacks the encoder's, which may be its own."""
+    words = base.get_input_embeddings()
+    if not base.config.is_encoder_decoder or not hasattr(base, "get_encoder"):
+        return words
+    inner = base.get_encoder()
+    own = inner.get_input_embeddings() if isinstance(inner, nn.Module) and inner is not base else words
+    same = isinstance(own, nn.Embedding) and tuple(own.weight.shape) == tuple(words.weight.shape)
+    return own if same else words
+
+
+def batch_on(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch, made on the CPU, where a model computes. ConfigError for ids that it has no word embedding for.
+
+    On a GPU such an id would end the process, not the call.
+    """
+    base = getattr(model, "base_model", model)
+    for name in ("input_ids", "decoder_input_ids") if hasattr(base, "get_input_embeddings") else ():
+        if name in batch:
+            check_ids(base.get_input_embeddings(), batch[name])
+    device = place_of(model)
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 def word_table(base: Any) -> Tensor:
     """The weight of the input embeddings `[V, d]`; its device and type are those a prompt enters in.
 
     Where it is elsewhere it has shape, device and type alone, and NaN for numbers; `embed_words` gives those.
     """
-    words = base.get_input_embeddings()
+    words: Any = words_of(base)
     weight = words.weight
     assert isinstance(weight, Tensor)
     if not weight.is_meta and not (sharded(base) and api.is_shard(weight)):
@@ -86,7 +111,11 @@ def word_table(base: Any) -> Tensor:
 
 @torch.no_grad()
 def embed_words(words: nn.Module, ids: Sequence[int] | Tensor) -> Tensor:
-    """What the input embeddings `words` give for ids `[…]`: `[…, d]`. All processes must ask where they are sharded."""
+    """What the input embeddings `words` give for ids `[…]`: `[…, d]`. All processes must ask where they are sharded.
+
+    ConfigError for ids beyond the table.
+    """
+    check_ids(words, ids)
     weight = next(words.parameters())
     index = torch.as_tensor(ids, device=place_of(words))
     if not api.is_shard(weight):
@@ -97,7 +126,7 @@ def embed_words(words: nn.Module, ids: Sequence[int] | Tensor) -> Tensor:
 
 def all_words(base: Any) -> Tensor:
     """What the input embeddings give for every token, `[V, d]`, a copy on the CPU. As for `embed_words`."""
-    words = base.get_input_embeddings()
+    words: Any = words_of(base)
     return embed_words(words, torch.arange(words.weight.shape[0])).to("cpu", copy=True)
 
 

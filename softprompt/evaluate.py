@@ -15,19 +15,19 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.cloze import Cloze, EncodedCloze
 from softprompt.data import IGNORED, Encoded, EncodedLabel, Example, collate, input_rows, source_rows
-from softprompt.elsewhere import place_of
+from softprompt.elsewhere import batch_on
 from softprompt.errors import DataError
 from softprompt.running.context_loss import rows_alone
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; gives the device of the model."""
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients."""
     training = [module for module in model.modules() if module.training]  # a frozen base may stay in eval mode
     model.eval()
     try:
         with torch.no_grad(), rows_alone():
-            yield place_of(model)
+            yield
     finally:
         for module in training:
             module.training = True
@@ -48,11 +48,11 @@ def evaluate_loss(model: nn.Module, encoded: Sequence[Encoded], batch_size: int 
     if not encoded:
         raise DataError("there are no examples to evaluate; give at least one")
     total, tokens = 0.0, 0
-    with _evaluating(model) as device:
+    with _evaluating(model):
         for places in _batches_by_length([len(row.input_ids) for row in encoded], batch_size):
             batch = collate([encoded[place] for place in places], pad_id=0)
             count = int((batch["labels"] != IGNORED).sum())
-            loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
+            loss = model(**batch_on(model, batch)).loss
             total, tokens = total + float(loss) * count, tokens + count
     loss = total / tokens
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
@@ -65,9 +65,9 @@ def evaluate_accuracy(
     if not encoded:
         raise DataError("there are no examples to evaluate; give at least one")
     total, right = 0.0, 0
-    with _evaluating(model) as device:
+    with _evaluating(model):
         for places in _batches_by_length([len(row.input_ids) for row in encoded], batch_size):
-            batch = {k: v.to(device) for k, v in collate([encoded[place] for place in places], pad_id).items()}
+            batch = batch_on(model, collate([encoded[place] for place in places], pad_id))
             labels = batch.pop("labels")
             logits: Tensor = model(**batch).logits.float()
             total += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
@@ -80,9 +80,9 @@ def predict_labels(
 ) -> list[int]:
     """The likeliest class of each text, in their order."""
     found = [0] * len(encoded)
-    with _evaluating(model) as device:
+    with _evaluating(model):
         for places in _batches_by_length([len(row.input_ids) for row in encoded], batch_size):
-            batch = {k: v.to(device) for k, v in collate([encoded[place] for place in places], pad_id).items()}
+            batch = batch_on(model, collate([encoded[place] for place in places], pad_id))
             del batch["labels"]
             for place, label in zip(places, model(**batch).logits.argmax(-1).tolist(), strict=True):
                 found[place] = label
@@ -150,7 +150,7 @@ def generate_texts(
     starts = (source_rows if encoder_decoder else input_rows)(examples, tokenizer)
     options = {"do_sample": False, "num_beams": 1, "pad_token_id": pad_id(tokenizer), **generation}
     texts = [""] * len(starts)
-    with _evaluating(model) as device:
+    with _evaluating(model):
         for places in _batches_by_length([len(ids) for ids, _ in starts], batch_size):
             rows = [
                 Encoded(ids, ids, examples[place].task, slots) for place in places for ids, slots in [starts[place]]
@@ -158,15 +158,11 @@ def generate_texts(
             batch = collate(rows, pad_id(tokenizer), padding_side="left")
             width = 0 if encoder_decoder else batch["labels"].shape[1]
             del batch["labels"]
-            output = model.generate(**_on(device, batch), max_new_tokens=max_new_tokens, **options)
+            output = model.generate(**batch_on(model, batch), max_new_tokens=max_new_tokens, **options)
             answers = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             for place, answer in zip(places, answers, strict=True):
                 texts[place] = answer.strip()
     return texts
-
-
-def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in batch.items()}
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -16,19 +16,23 @@ from transformers import PreTrainedModel
 
 from softprompt import transformers_api as api
 from softprompt.config import KVConfig, Placement
-from softprompt.elsewhere import at_hand, dispatched, embed_words, sharded, word_table
+from softprompt.elsewhere import at_hand, dispatched, embed_words, sharded, word_table, words_of
 from softprompt.errors import ConfigError, SoftPromptError, UnsupportedError
 from softprompt.injection.attention_kv import AttentionWay, is_encoder_decoder
 from softprompt.injection.cache_kv import CacheWay, fills_cache
 from softprompt.injection.contract import Limits, Way
 from softprompt.injection.scope import Recording
-from softprompt.prompt import evaluating
+from softprompt.prompt import KV, evaluating
+
+FIRST = 3
+"""How many tokens a model is tried with; the canary takes what its layers made of them for a prompt."""
+_EQUAL, _HALF_EQUAL = 1e-5, 2e-2
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Key and value shape of one attention layer, for one token; `window` is its sliding window, `chunk` the size of the
-    pieces that it cannot look out of, if any."""
+    """Key and value shape of one attention layer, for one token; `window` is its sliding window, `chunk` the size of
+    the pieces that it cannot look out of, if any."""
 
     heads: int
     key_size: int
@@ -55,6 +59,7 @@ class Facts:
     learned_positions: bool
     position_offset: int
     foldable: bool = True
+    shared_layers: int = 0
     encoder_decoder: bool = False
     cross_layers: tuple[LayerShape, ...] = ()
     encoder_layers: tuple[LayerShape, ...] = ()
@@ -62,7 +67,7 @@ class Facts:
     """Why keys and values cannot reach this model, if they cannot."""
     loss: Callable[[], bool] = bool
     vectors: Callable[[], str] = str
-    how: Mapping[str, str] = field(default_factory=dict)
+    how: Mapping[str, str] = field(default_factory=dict, compare=False)
     """How each fact was found, by its name."""
 
     @cached_property
@@ -90,7 +95,8 @@ class Facts:
         Raises UnsupportedError where nothing attends, ConfigError for parts the model does not have.
         """
         if self.no_prefix:
-            raise UnsupportedError(f"{self.no_prefix}; use prompt_tuning or p_tuning.")
+            remedy = "another model" if self.no_vectors else "prompt_tuning or p_tuning"
+            raise UnsupportedError(f"{self.no_prefix}; use {remedy}.")
         if config.prefix_always_visible and not any(layer.window for layer in self.layers):
             raise ConfigError(
                 "prefix_always_visible is for models with a sliding window, which no layer here that takes a prefix "
@@ -111,7 +117,6 @@ class Facts:
 # ---- finding them ----------------------------------------------------------------------------------------------------
 
 
-
 def record(way: Way, inputs: dict[str, Any]) -> tuple[Recording, Tensor]:
     """Run the model's body (no head) and take down every layer's keys and values; also its first output."""
     recording = Recording()
@@ -120,11 +125,20 @@ def record(way: Way, inputs: dict[str, Any]) -> tuple[Recording, Tensor]:
     return recording, output[0]
 
 
-def probed(base: PreTrainedModel) -> tuple[Way, Facts]:
+def probed(base: PreTrainedModel) -> tuple[Way, Facts, KV | None]:
     """The way into a model, its attention or the cache of a decoder that attends in code of its own, and its facts.
+
+    Also what the layers made of `FIRST` tokens, on models of one stack.
 
     UnsupportedError for a model that this version has no way into, naming what does work, or that does not run.
     """
+    try:
+        word_table(base)
+    except (AttributeError, NotImplementedError):
+        raise UnsupportedError(
+            f"{type(base).__name__} has no table of word embeddings that it reads input_ids by, so no virtual token "
+            "can stand before them; use a model of text."
+        ) from None
     try:
         return _probed(base)
     except (SoftPromptError, torch.OutOfMemoryError):  # the latter says nothing about the model
@@ -138,57 +152,106 @@ def could_not_try(base: PreTrainedModel, what: str, error: Exception) -> Unsuppo
     text = str(error).strip().splitlines()
     first = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     return UnsupportedError(
-        f"{type(base).__name__} fails when it is called with {what} ({first}; transformers {transformers.__version__}), "
-        "so no prompt can be tried on it; use a model that runs on input_ids alone."
+        f"{type(base).__name__} fails when it is called with {what} ({first}; transformers "
+        f"{transformers.__version__}), so no prompt can be tried on it; use a model that runs on input_ids alone."
     )
 
 
 @torch.no_grad()
-def _probed(base: PreTrainedModel) -> tuple[Way, Facts]:
+def _probed(base: PreTrainedModel) -> tuple[Way, Facts, KV | None]:
     way = AttentionWay(base)
     if way.encoder_decoder:
-        return way, _of_encoder_decoder(way)
+        return way, _of_encoder_decoder(way), None
     with evaluating(base):
-        facts = probe(way)
+        facts, first = probe(way)
         if not facts.layers and facts.causal and fills_cache(base):
             through_cache = CacheWay(base)
-            seen = probe(through_cache, facts)
+            seen, others = probe(through_cache, facts)
             if seen.layers:
-                return through_cache, seen
-    return way, facts
+                return through_cache, seen, others
+    return way, facts, first
 
 
-def probe(way: Way, known: Facts | None = None) -> Facts:
-    """The facts of a decoder or an encoder by one forward pass over two tokens; what is `known` is not tried again."""
+def probe(way: Way, known: Facts | None = None) -> tuple[Facts, KV]:
+    """The facts of a decoder or an encoder by one forward pass, and what the layers made of its first `FIRST` tokens.
+
+    What is `known` is not tried again.
+    """
     base = way.base
-    ids = plain_ids(base, 2)
-    if known is None:
-        found, causal, how = _causal(way, ids)
-        if not found.modules:  # code that asks for its backend by name, as Falcon's does, was not itself
-            way.bind([], [], [])
-            found, causal, how = _causal(way, ids)
-    else:
-        (found, _), causal, how = record(way, {"input_ids": ids}), known.causal, known.how["causal"]
+    found, causal, how = _causal(way)
+    if not found.modules:  # code that asks for its backend by name, as Falcon's does, was not itself
+        way.bind([], [], [])
+        found, causal, how = _causal(way)
+    if known is not None:
+        causal, how = known.causal, known.how["causal"]
     way.bind(found.modules, [], [])
     way.sharing = found.sharing
     attending = len(found.modules) + len(found.sharing)
     foldable = causal and not api.keeps_state(base) and attending >= api.number_of_layers(base)
-    facts = _facts(way, found, causal=causal, foldable=foldable, no_prefix=_no_prefix(base, found, causal))
+    facts = _facts(
+        way,
+        found,
+        causal=causal,
+        foldable=foldable,
+        shared_layers=len(found.sharing),
+        no_prefix=_no_prefix(base, found, causal),
+    )
     _check_positions(way, facts)
-    return _with(facts, causal=how, foldable="every layer attends, and none keeps a state" if foldable else "")
+    if isinstance(way, CacheWay):
+        _try_masks(way)
+    facts = _with(facts, causal=how, foldable="every layer attends, and none keeps a state" if foldable else "")
+    return facts, KV(tuple((key[:1, :, :FIRST], value[:1, :, :FIRST]) for key, value in found.layers))
+
+
+def _try_masks(way: CacheWay) -> None:
+    """Which masks a model that attends in code of its own can take: of four dimensions, or with padding in between."""
+    body, ids = api.own(way.base), plain_ids(way.base, 3)
+    square = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=ids.device).tril()
+    with at_hand(way.base):
+        try:
+            body(input_ids=ids[:, :2], attention_mask=square, use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # its own refusal, whatever it is: Bloom counts ALiBi's positions along a mask's columns
+            way.takes_square_masks = False
+        if way.takes_positions:
+            return
+        hole = torch.tensor([[1, 0, 1]], device=ids.device)
+        padded = body(input_ids=ids, attention_mask=hole, use_cache=False, return_dict=True)[0][0, -1]
+        alone = body(input_ids=ids[:, [0, 2]], use_cache=False, return_dict=True)[0][0, -1]
+    if _apart(padded, alone) > _HALF_EQUAL:
+        way.limits = replace(way.limits, reach=1)
 
 
 def _with(facts: Facts, **how: str) -> Facts:
     return replace(facts, how={**facts.how, **how})
 
 
-def _causal(way: Way, ids: Tensor) -> tuple[Recording, bool, str]:
+def _causal(way: Way) -> tuple[Recording, bool, str]:
     """What the layers attend to, whether a token's state depends on none that follows it, and how that was found.
 
-    By the gradient, which is exactly zero there: numbers may differ a little where a batch is rounded together.
+    Two rows begin with the same tokens. Where the states of these are equal, nothing looked ahead; else the gradient
+    tells, which is exactly zero in a decoder whose numbers are rounded by the whole batch.
     """
+    base = way.base
+    ids = plain_ids(base, FIRST + 2)
+    rows = torch.cat([ids[:, : FIRST + 1], torch.cat([ids[:, :FIRST], ids[:, FIRST + 1 :]], dim=1)])
+    found, hidden = record(way, {"input_ids": rows})
+    apart = _apart(hidden[0, :FIRST], hidden[1, :FIRST])
+    if hidden.dtype in (torch.float32, torch.float64) and apart <= _EQUAL:
+        return found, True, "the first states with another last token are the same"
+    causal = _looks_back(way, ids[:, :2]) if found.modules or not way.modules[0] else None
+    if causal is not None:
+        return found, causal, f"gradient of the first state to the second token: {'' if causal else 'not '}0"
+    causal = apart <= _HALF_EQUAL
+    return found, causal, f"the first states with another last token are {'' if causal else 'not '}the same"
+
+
+def _looks_back(way: Way, ids: Tensor) -> bool | None:
+    """Whether the first of two tokens is differentiable by its own id alone; None where that cannot be had."""
     base, words = way.base, way.base.get_input_embeddings()
-    own = not sharded(base) and not dispatched(base) and not any(each.is_inference() for each in base.parameters())
+    if sharded(base) or dispatched(base) or any(each.is_inference() for each in base.parameters()):
+        return None
     entered: list[Tensor] = []
     thread = get_ident()
 
@@ -196,32 +259,29 @@ def _causal(way: Way, ids: Tensor) -> tuple[Recording, bool, str]:
         if get_ident() != thread:
             return output
         entered.append(output.detach().requires_grad_(output.is_floating_point()))
-        return entered[-1]
+        return entered[-1].clone()  # (some models add to it in place)
 
-    if own and isinstance(words, nn.Module):
-        handle = words.register_forward_hook(watch)
-        try:
-            with torch.inference_mode(False), torch.enable_grad():
-                found, hidden = record(way, {"input_ids": ids})
-                causal = _by_gradient(hidden, entered)
-        finally:
-            handle.remove()
-        found = replace(found, layers=[(key.detach(), value.detach()) for key, value in found.layers])
-        if causal is not None:
-            return found, causal, f"gradient of the first state to the second token: {'' if causal else 'not '}0"
-    else:
-        found, _ = record(way, {"input_ids": ids})
-    way.bind(found.modules, [], [])
-    _, hidden = record(way, {"input_ids": ids})
-    _, other = record(way, {"input_ids": ids[:, [0, 0]]})
-    causal = _same(hidden[0, 0], other[0, 0])
-    return found, causal, f"first state with another second token: {'' if causal else 'not '}the same"
+    handle = words.register_forward_hook(watch)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            _, hidden = record(way, {"input_ids": ids})
+            return _by_gradient(hidden, entered)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # Reformer, say, runs in eval mode only where nothing is differentiated
+        return None
+    finally:
+        handle.remove()
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).float().norm() / one.float().norm().clamp(min=1e-12))
 
 
 def _by_gradient(hidden: Tensor, entered: list[Tensor]) -> bool | None:
     """Whether the first of two states `[1, 2, d]` is differentiable by its own token alone, of what `entered` the
     model; None where it is by neither."""
-    if not hidden.requires_grad or len(entered) != 1 or entered[0].ndim != 3:
+    if not hidden.requires_grad or len(entered) != 1 or entered[0].shape[:-1] != (1, 2):
         return None
     state = hidden[0, 0].float()
     along = torch.arange(len(state), device=state.device).mul(1.7).cos()  # no direction that a norm fixes
@@ -263,7 +323,8 @@ def _facts(way: Way, found: Recording, **facts: Any) -> Facts:
     offset = 0 if table is None or table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from there
     said = api.context_length(base)
     context = fixed if said is None else said - offset
-    way.limits = Limits(offset, context if table is not None else fixed)
+    sizes = [size for size in (*found.windows, *found.chunks, api.local_window(api.own(base))) if size]
+    way.limits = Limits(offset, context if table is not None else fixed, min(sizes, default=None))
     layers = zip(found.layers, found.windows, found.chunks, strict=True)
     return Facts(
         layers=tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3], window, chunk) for (k, v), window, chunk in layers),
@@ -303,7 +364,7 @@ def refuses_vectors(base: PreTrainedModel) -> str:
     body = api.own(base)
     if not api.takes(body.forward, "inputs_embeds"):
         return f"{type(base).__name__} takes no vectors in place of words"
-    vectors = 1.5 * embed_words(base.get_input_embeddings(), plain_ids(base, 2))  # no words
+    vectors = 1.5 * embed_words(words_of(base), plain_ids(base, 2))  # no words
     inputs: dict[str, Any] = {"inputs_embeds": vectors}
     if is_encoder_decoder(base):
         inputs["decoder_input_ids"] = plain_ids(base, 2)
@@ -348,12 +409,6 @@ def _check_positions(way: Way, facts: Facts) -> None:
             f"{kind}.forward takes no position_ids, so real tokens cannot be moved behind a prompt; use a model that "
             "takes them, such as gpt2, llama, mistral, qwen, gemma, opt or gpt_neox."
         )
-
-
-def _same(first: Tensor, other: Tensor) -> bool:
-    """Equal but for rounding: experts, say, may put the same token through kernels of another batch size."""
-    tolerance = 1e-4 if first.dtype in (torch.float32, torch.float64) else 2e-2
-    return bool((first - other).float().norm() <= tolerance * first.float().norm())
 
 
 def plain_ids(base: PreTrainedModel, count: int) -> Tensor:

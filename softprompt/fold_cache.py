@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from itertools import count
 from operator import is_
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn

@@ -10,7 +10,7 @@ import torch
 from softprompt.checkpoint import SavedAdapter
 from softprompt.config import EmbeddingConfig, KVConfig, PromptConfig
 from softprompt.methods import MultitaskPromptTuningConfig
-from softprompt.pairs import each_once
+from softprompt.pairs import each_once, narrowed
 from softprompt.prompt import KV, METHODS, KVPrompt
 
 
@@ -64,6 +64,8 @@ def saved_kv(saved: SavedAdapter) -> KV | None:
     if config.paired and config.num_layers is not None:
         before, flat = flat.shape[1], each_once(flat, config.num_layers)
         config = replace(config, num_layers=config.num_layers * flat.shape[1] // before)
+    elif config.padded:
+        flat = narrowed(flat, config)
     return KV.from_flat(flat, config)
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import transformers
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -125,6 +128,22 @@ def load_base(
     return model.eval() if dispatch else model.to(pick_device(device)).eval()
 
 
+def load_any(name: str, dtype: str = "float32", device: str = "auto") -> PreTrainedModel:
+    """A base model of any kind in eval mode: with the head that it was saved with, without one where none fits."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    path = resolve_model(name)
+    try:
+        with quietly(), _complete():
+            config = AutoConfig.from_pretrained(path)
+            saved = getattr(transformers, (config.architectures or [""])[0] or "AutoModel", AutoModel)
+            return saved.from_pretrained(path, dtype=getattr(torch, dtype)).to(pick_device(device)).eval()
+    except (MemoryError, ConfigError):
+        raise
+    except Exception as error:  # a damaged folder raises anything from KeyError to the parsers' own types
+        raise _cannot_load("model", name, error) from None
+
+
 @torch.no_grad()
 def _draw_heads(model: PreTrainedModel, random: torch.Tensor) -> None:
     """Draw heads in memory, as loading does from `random` on, that are to be read from files which do not have them."""
@@ -154,14 +173,17 @@ def _lost(part: torch.nn.Module) -> bool:
 
 
 def _is_encoder_decoder(path: str) -> bool:
-    from transformers import AutoConfig
-
     return bool(AutoConfig.from_pretrained(path).is_encoder_decoder)
 
 
 def language_model_class(path: str) -> Any:
     """The auto class of the language model that a config describes, by the architecture it was saved with."""
+<<<<<<< HEAD
     from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+=======
+    from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+>>>>>>> main
 
     config = AutoConfig.from_pretrained(path)
     if config.is_encoder_decoder:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt import transformers_api as api
+from softprompt.base_model import BaseModel
 from softprompt.batch.find import placement_of
 from softprompt.checkpoint.training_state import packed_configs
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
 from softprompt.elsewhere import own_class, place_of
-from softprompt.facts import Facts
+from softprompt.running.token_scores import Asked
 
 
 class InLoops(nn.Module):
@@ -22,7 +23,7 @@ class InLoops(nn.Module):
     """
 
     base_model: PreTrainedModel
-    facts: Facts
+    found: BaseModel
     peft_config: dict[str, PromptConfig]
     active_adapter: str
 
@@ -38,7 +39,7 @@ class InLoops(nn.Module):
         """The base model's; None where a virtual token predicts a row's first, so that Trainer counts its label too."""
         config = self.peft_config[self.active_adapter]
         front = placement_of(config) is Placement.FRONT
-        first = front and isinstance(config, EmbeddingConfig) and self.facts.causal
+        first = front and isinstance(config, EmbeddingConfig) and self.found.facts.causal
         return None if first else api.loss_kind(self.base_model)
 
     @property
@@ -47,7 +48,7 @@ class InLoops(nn.Module):
 
         Trainer would guess it from `forward`; wrongly, it does not divide what it accumulates at all.
         """
-        return self.facts.divides_loss
+        return self.found.facts.divides_loss
 
     @property
     def device(self) -> torch.device:
@@ -85,11 +86,11 @@ class InLoops(nn.Module):
         """Nothing: a model that takes in a state has its own configs."""
 
 
-def _asks_per_token(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _asks_per_token(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A pre-hook that answers TRL, which puts a `forward` of its own into a model and asks it for scores per token.
 
     That runs what it takes for the model's body, which would be the base model without its prompt. Asked in words of
     our own, it hands the call on to the model's own `forward`.
     """
-    asked = api.pop_fused_scores(kwargs)
-    return (args, {**kwargs, "per_token": True}) if asked else None
+    asked = api.pop_fused_scores(model, kwargs)
+    return None if asked is None else (args, {**kwargs, "per_token": Asked(**asked)})

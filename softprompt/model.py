@@ -18,7 +18,7 @@ from softprompt.batch.find import BASE, placement_of
 from softprompt.call import Call, check_count
 from softprompt.config import PromptConfig
 from softprompt.disabling import disabled, disabling
-from softprompt.elsewhere import at_hand, word_table
+from softprompt.elsewhere import at_hand, word_table, words_of
 from softprompt.errors import ConfigError
 from softprompt.facts import Facts
 from softprompt.fitting import fitted, method_of
@@ -30,7 +30,7 @@ from softprompt.loops import InLoops
 from softprompt.prompt import KV, EmbeddingPrompt, SoftPrompt, evaluating
 from softprompt.running import Run
 from softprompt.running.drafting import drafting
-from softprompt.running.token_scores import token_scores
+from softprompt.running.token_scores import Asked, token_scores
 from softprompt.stacking import freeze, unwrapped
 from softprompt.state import leave_base_out
 from softprompt.status import ModelStatus, model_status
@@ -60,7 +60,7 @@ OF_THE_BASE = frozenset({
     "quantization_method", "resize_token_embeddings", "set_attn_implementation", "supports_gradient_checkpointing",
     "tie_weights", "vocab_size", "warnings_issued", "is_parallelizable", "model_parallel", "framework",
 })  # fmt: skip
-"""What a prompted model answers for its base model. Of anything else it has, the base model knows nothing of a prompt."""
+"""What a prompted model answers for its base model, which in anything else it has knows nothing of a prompt."""
 
 _CHOOSING = RLock()
 """Of threads that switch adapters, which must not end with one active and another that trains."""
@@ -116,7 +116,7 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         return replace(filled, base_model_name_or_path=name, modules_to_save=with_default_heads(config))
 
     def _build(self, config: PromptConfig) -> SoftPrompt:
-        encoder = method_of(config)(config, self.base_model.get_input_embeddings())
+        encoder = method_of(config)(config, words_of(self.base_model))
         return encoder.to(device=word_table(self.base_model).device, dtype=torch.float32)
 
     def _install(self, name: str, config: PromptConfig, encoder: SoftPrompt) -> None:
@@ -239,7 +239,7 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         adapter_names: Sequence[str] | None = None,
         task_ids: Tensor | None = None,
         slots: Tensor | None = None,
-        per_token: bool = False,
+        per_token: bool | Asked = False,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
@@ -272,7 +272,8 @@ class SoftPromptModel(PushToHubMixin, InLoops):
                 check_count(adapter_names, inputs)
                 run = run_for(self, names, task_ids, slots, call.labels_tokens)
             if per_token:
-                return token_scores(self.base_model, run, call)
+                asked = per_token if isinstance(per_token, Asked) else Asked()
+                return token_scores(self.base_model, run, call, asked.wanted, asked.temperature)
             output = self.base_model(**call.keywords(self.base_model)) if run is None else run.forward(call)
         return output.to_tuple() if as_tuple else output
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from softprompt.config import KVConfig, PromptConfig, TaskType
+from softprompt.config import KVConfig, PromptConfig, TaskType, widest_shape
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.pairs import dealt, twice
+from softprompt.pairs import as_checkpoint, from_checkpoint
 
 if TYPE_CHECKING:
     from softprompt.facts import Facts
@@ -294,7 +294,8 @@ class EmbeddingPrompt(SoftPrompt):
     @classmethod
     def fill(cls, config: PromptConfig, facts: "Facts") -> PromptConfig:
         if facts.no_vectors:
-            raise UnsupportedError(f"{facts.no_vectors}; use prefix_tuning.")
+            remedy = "another model" if facts.no_prefix else "prefix_tuning"
+            raise UnsupportedError(f"{facts.no_vectors}; use {remedy}.")
         return _filled(config, token_dim=facts.hidden_size, num_layers=len(facts.layers) or None,
                        num_attention_heads=facts.query_heads or None)  # fmt: skip
 
@@ -311,8 +312,8 @@ class KVPrompt(SoftPrompt):
         assert isinstance(config, KVConfig)
         layers = facts.prefix_layers(config)
         shapes = [[layer.heads, layer.key_size, layer.value_size] for layer in layers]
-        heads, key_size, value_size = shapes[0]
-        plain = all(shape == shapes[0] for shape in shapes) and key_size == value_size
+        heads, width = _heads_and_width(config, shapes, facts.encoder_decoder)
+        plain = all(shape == shapes[0] for shape in shapes) and shapes[0][1] == shapes[0][2]
         if plain and layers is facts.layers:
             shapes = None  # PEFT's form
         if config.layer_shapes not in (None, shapes):
@@ -325,8 +326,10 @@ class KVPrompt(SoftPrompt):
         count = len(facts.layers)
         if config.paired and config.num_layers == 2 * count:  # as a checkpoint counts them
             config = replace(config, num_layers=None)
+        if config.num_layers == count + facts.shared_layers:  # as PEFT counts them
+            config = replace(config, num_layers=None)
         config = replace(config, layer_shapes=shapes, num_transformer_submodules=2 if facts.encoder_decoder else 1)
-        return _filled(config, token_dim=heads * key_size, num_layers=count, num_attention_heads=heads)
+        return _filled(config, token_dim=width, num_layers=count, num_attention_heads=heads)
 
     def prompt(self, task_ids: Tensor | None = None) -> KV:
         refuse_tasks(self, task_ids)
@@ -334,20 +337,24 @@ class KVPrompt(SoftPrompt):
         return KV.from_flat(self.all_vectors(), self.config)
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        """As every method's; `[n, 2·width]` where a checkpoint has two pairs per layer (`KVConfig.paired`)."""
-        saved, (config, layers) = super().saved_tensors(), self._layers()
-        return saved | ({"prompt_embeddings": twice(saved["prompt_embeddings"], layers)} if config.paired else {})
+        """As every method's, but for the pairs of keys and values, which a checkpoint may have in another form."""
+        assert isinstance(self.config, KVConfig)
+        saved = super().saved_tensors()
+        return saved | {"prompt_embeddings": as_checkpoint(saved["prompt_embeddings"], self.config)}
 
     def load_saved(self, tensors: Mapping[str, Tensor]) -> None:
-        config, layers = self._layers()
-        if config.paired:
-            flat = dealt(tensors["prompt_embeddings"], layers, config.prefix_width // layers)
-            tensors = {**tensors, "prompt_embeddings": flat}
-        super().load_saved(tensors)
+        assert isinstance(self.config, KVConfig)
+        flat = from_checkpoint(tensors["prompt_embeddings"], self.config)
+        super().load_saved({**tensors, "prompt_embeddings": flat})
 
-    def _layers(self) -> tuple[KVConfig, int]:
-        assert isinstance(self.config, KVConfig) and self.config.num_layers is not None
-        return self.config, self.config.num_layers
+
+def _heads_and_width(config: KVConfig, shapes: list[list[int]], encoder_decoder: bool) -> tuple[int, int]:
+    """`num_attention_heads` and `token_dim` for layers of these shapes: the widest's, as in PEFT, or the first's."""
+    heads, size, _ = shapes[0]
+    widest = None if encoder_decoder else widest_shape(shapes)
+    if widest is None or (config.layer_shapes is not None and not config.padded):  # saved before they were the widest's
+        return heads, heads * size
+    return widest[0], widest[0] * widest[1]
 
 
 def refuse_tasks(encoder: SoftPrompt, task_ids: Tensor | None) -> None:

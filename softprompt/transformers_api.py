@@ -262,6 +262,12 @@ def chunk_in(options: Mapping[str, Any]) -> int | None:
     return chunk if chunk is not None and options.get("local_size") == chunk else None
 
 
+def local_window(body: PreTrainedModel) -> int | None:
+    """How far layers see that attend locally in code of their own (GPT-Neo)."""
+    local = "local" in getattr(body.config, "attention_layers", ())
+    return getattr(body.config, "window_size", None) if local else None
+
+
 def shifted_mask(options: Mapping[str, Any], by: int | Tensor) -> dict[str, Any]:
     """The options of a mask maker for rows whose tokens stand `by` (`[B]`: each row's own) positions further on."""
     inner = options["mask_function"]
@@ -271,6 +277,22 @@ def shifted_mask(options: Mapping[str, Any], by: int | Tensor) -> dict[str, Any]
         return inner(batch, head, query + shift, key + shift)
 
     return {**options, "mask_function": mask_function}
+
+
+def tempers(module: nn.Module) -> bool:
+    """Whether an attention module scales its queries by how far on they stand, which it counts by columns (Llama 4)."""
+    return bool(getattr(module, "attn_temperature_tuning", False)) and not getattr(module, "use_rope", True)
+
+
+def tempered(module: Any, query: Tensor, positions: Tensor, seen: int | Tensor) -> Tensor:
+    """Queries `[B, h, T, k]` scaled by their `positions` `[B|1, T]`, and no more by columns, the first of which is the
+    one behind `seen`."""
+
+    def scale(at: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((at.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    columns = torch.arange(query.shape[2], device=query.device) + seen
+    return (query * (scale(positions) / scale(columns))[:, None, :, None]).to(query.dtype)
 
 
 # ---- gradient checkpointing ----------------------------------------------------------------------------------------
@@ -462,15 +484,25 @@ def loss_kind(base: PreTrainedModel) -> str | None:
     return getattr(base, "loss_type", None)
 
 
-def pop_fused_scores(keywords: dict[str, Any]) -> tuple[str, ...]:
-    """What TRL asks a model for instead of logits: the names of scores per token, taken out of a call's arguments.
+def pop_fused_scores(model: nn.Module, keywords: dict[str, Any]) -> dict[str, Any] | None:
+    """What TRL asks a model for instead of logits, taken out of a call's arguments: which scores per token (`wanted`),
+    at which `temperature`, as far as it says; None where it asks for none.
 
-    It asks a `forward` of its own, put into the model, which knows nothing of prompts.
+    Where a call names none, TRL has noted them down in the model: `add_fused_lm_head` puts a `forward` into it that
+    knows nothing of prompts, and has names and temperature in its closure. Mixed precision may have wrapped that.
     """
     asked = keywords.pop("fused_lm_head", None)
     if not asked:
-        return ()
-    return ("log_probs", "entropy", "is_top1") if asked is True else tuple(asked)
+        return None
+    function, told = getattr(model.__dict__.get("forward"), "__func__", None), {}
+    while function is not None and "temperature" not in told:
+        code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+        if code is not None and cells is not None:
+            told = dict(zip(code.co_freevars, cells, strict=True))
+        function = getattr(function, "__wrapped__", None)
+    known = {"outputs": "wanted", "temperature": "temperature"} if "temperature" in told else {}
+    options = {name: told[other].cell_contents for other, name in known.items() if other in told}
+    return options if asked is True else {**options, "wanted": tuple(asked)}
 
 
 def tracker(name: str) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import random
 from pathlib import Path
 
+import pairs
 import pytest
 import tiny
 import torch
@@ -18,6 +19,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the cells that pairwise selection leaves out")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without `--full`, what is marked `full` and what `pairwise` tests do not need is left out, unless it is named."""
+    if config.getoption("--full"):
+        return
+    named = tuple(argument for argument in config.args if "::" in argument)
+    left_out = {item for item in pairs.left_out(items) if not item.nodeid.endswith(named)}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from store_kit import CONFIG, write
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.checkpoint import load_adapter, save_adapter
 from softprompt.base_model import find_way
+from softprompt.checkpoint import load_adapter, save_adapter
 from softprompt.serve.base import LentBase
 from softprompt.serve.library import PromptLibrary
 from softprompt.serve.version import Version

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -106,15 +107,6 @@ NAMELESS = """() => [...document.querySelectorAll("input, textarea, button")]
   .filter((node) => !(node.labels?.length || node.ariaLabel || node.textContent.trim()))
   .map((node) => node.outerHTML)"""
 
-# From now on `pieces` holds, in order, which card got a piece of its answer.
-WATCH = """() => {
-  window.pieces = [];
-  for (const card of document.querySelectorAll("#answers article")) {
-    const note = () => window.pieces.push(card.getAttribute("aria-label"));
-    new MutationObserver(note).observe(card.querySelector(".answer"), { childList: true });
-  }
-}"""
-
 
 def write_prompts(folder: Path) -> None:
     """Three prompts of 8 virtual tokens: word vectors, keys and values of a text, and what an encoder starts with."""
@@ -144,31 +136,58 @@ def running(app: FastAPI) -> Iterator[str]:
         thread.join(30)
 
 
+class Gate:
+    """Answers that go on after their first pieces only while the gate is open.
+
+    A test closes it, waits for what the page then shows, and opens it: so an answer is as long under way as the test
+    needs it, however fast or busy the machine is.
+    """
+
+    FIRST = 6  # pieces, among them one with text
+
+    def __init__(self, app: FastAPI) -> None:
+        self._open = threading.Event()
+        self._open.set()
+        engine = app.state.service.engine
+        self._generate, engine.generate = engine.generate, self._held
+
+    async def _held(self, asked: Ask) -> AsyncIterator[Piece]:
+        async with aclosing(self._generate(asked)) as pieces:
+            sent = 0
+            async for piece in pieces:
+                yield piece
+                sent += 1
+                while sent >= self.FIRST and not self._open.is_set():
+                    await asyncio.sleep(0.01)
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        self._open.clear()
+        try:
+            yield
+        finally:
+            self._open.set()
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server: where it is, and the gate of its answers."""
+
+    address: str
+    gate: Gate
+
+
 @contextmanager
-def serving_page(folder: Path) -> Iterator[str]:
-    """A server with these prompts behind `KEY` (all of them) and `NARROW` (one); its address."""
+def serving_page(folder: Path) -> Iterator[Served]:
+    """A server with these prompts behind `KEY` (all of them) and `NARROW` (one)."""
     write_prompts(folder / "prompts")
     keys = folder / "keys.yaml"
     keys.write_text(f"{KEY}: ['*']\n{NARROW}: [tale]\n")
     options = ServeOptions(str(PATH), folder / "prompts", engine="transformers", name="base", keys=keys)
     with open_app(options) as app:
-        take_time(app)
+        gate = Gate(app)
         with running(app) as address:
-            yield address
-
-
-def take_time(app: FastAPI) -> None:
-    """Let each token of an answer take as long as that of a large model: this one has ended before a click."""
-    engine = app.state.service.engine
-    generate = engine.generate
-
-    async def slowly(asked: Ask) -> AsyncIterator[Piece]:
-        async with aclosing(generate(asked)) as pieces:
-            async for piece in pieces:
-                yield piece
-                await asyncio.sleep(0.02)
-
-    engine.generate = slowly
+            yield Served(address, gate)
 
 
 def chromium() -> str:
@@ -244,6 +263,12 @@ def wait_for(page: Page, names: list[str], state: str) -> None:
 
 def numbers(text: str) -> list[int]:
     return [int(found.replace(",", "")) for found in re.findall(r"[\d,]+", text)]
+
+
+def milliseconds(text: str) -> float:
+    """A time as the page shows it: `1,542 ms`, or from ten seconds on `16.2 s`."""
+    number, unit = text.split()
+    return float(number.replace(",", "")) * {"ms": 1, "s": 1000}[unit]
 
 
 def check_layout(page: Page) -> None:

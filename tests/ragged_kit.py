@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from softprompt.join import Mixed
-from softprompt.config import Placement
-from softprompt.injection.contract import Way
-from softprompt.facts import Facts, LayerShape
 from softprompt.base_model import find_way
+from softprompt.config import Placement
+from softprompt.facts import Facts, LayerShape
+from softprompt.injection.contract import Way
+from softprompt.join import Mixed
 from softprompt.prompt import KV, Embeddings
 from softprompt.running import Run
 

@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from softprompt import (
     ConfigError,
@@ -51,6 +52,7 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 # ---- positions ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", FEW)
@@ -82,6 +84,7 @@ def test_positions_that_leave_a_gap(method: str, labelled: bool) -> None:
     close(model(input_ids=ids, position_ids=positions, **more).logits, expected)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", FEW)
@@ -99,6 +102,7 @@ def test_packed_rows(family: str, method: str, labelled: bool) -> None:
 # ---- masks and inputs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("method", [*TWO_KINDS, "p_tuning"])
@@ -132,6 +136,7 @@ def _as(kind: str, visible: Tensor) -> Tensor:
     return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", [*FEW, "bert"])
@@ -159,6 +164,7 @@ def test_backends_agree(family: str, method: str) -> None:
 # ---- caches ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", tiny.DECODERS)
@@ -188,6 +194,7 @@ def test_a_cache_without_a_mask(method: str) -> None:
     close(torch.cat([first.logits, second.logits], dim=1), naive.logits(model, ids)[0])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", FEW)
@@ -230,6 +237,7 @@ def test_windows_while_decoding_with_a_cache(method: str) -> None:
 # ---- gradient checkpointing --------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("before_wrapping", [True, False])
 @pytest.mark.parametrize("method", METHODS)
@@ -285,6 +293,7 @@ def _fail_inside(base: PreTrainedModel) -> Any:
     return base.base_model.register_forward_hook(hook)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("call", ["forward", "loss", "generate", "fold"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -444,10 +453,11 @@ def test_something_that_is_no_transformers_model() -> None:
 
 def test_a_backend_without_a_door() -> None:
     base = tiny.build("llama")
-    base.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(UnsupportedError, match=r"'flash_attention_2'.*'sdpa' or 'eager'"):
+    AttentionInterface.register("of_ones_own", sdpa_attention_forward)
+    base.set_attn_implementation("of_ones_own")
+    with pytest.raises(UnsupportedError, match=r"'of_ones_own'.*'sdpa' or 'eager'"):
         get_peft_model(base, PrefixTuningConfig())
-    assert base.config._attn_implementation == "flash_attention_2"
+    assert base.config._attn_implementation == "of_ones_own"
 
 
 def test_experts_are_causal() -> None:

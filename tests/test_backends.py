@@ -15,6 +15,8 @@ import shared_kit
 import tiny
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from softprompt import KV, PrefixTuningConfig, PromptTuningConfig, SoftPromptModel, UnsupportedError, get_peft_model
 from softprompt.attention import flex, groups_of
@@ -152,8 +154,9 @@ def test_flex_has_no_dropout(flexible: None) -> None:
 
 def test_backends_that_are_refused_name_those_that_are_not() -> None:
     model = make("eager", "kv")
-    model.get_base_model().config._attn_implementation_internal = "flash_attention_3"
-    with pytest.raises(UnsupportedError, match=r"'flash_attention_3'.*'flex_attention', 'sdpa' or 'eager'"):
+    AttentionInterface.register("of_ones_own", sdpa_attention_forward)
+    model.get_base_model().set_attn_implementation("of_ones_own")
+    with pytest.raises(UnsupportedError, match=r"'of_ones_own'.*'flex_attention', 'sdpa' or 'eager'"):
         model(**tiny.ragged())
 
 

@@ -32,11 +32,11 @@ from softprompt import (
     UnsupportedError,
     get_peft_model,
 )
-from softprompt.injection.cache_kv import CacheWay, Recording
 
 # ---- gradient checkpointing --------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("before_wrapping", [True, False])
 @pytest.mark.parametrize("method", METHODS)
@@ -111,6 +111,7 @@ def _fail_inside(base: PreTrainedModel) -> Any:
     return base.base_model.register_forward_hook(hook)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("call", ["forward", "loss", "generate", "fold"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", FEW)
@@ -223,18 +224,15 @@ def test_a_float32_prompt_trains_on_a_bfloat16_base(family: str, method: str) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_recorded_is_what_a_cache_would_hold(family: str) -> None:
-    """Shapes come from what goes through the cache: one head for multi-query, all of them for Falcon's groups."""
-    base, ids = families.build(family, "CAUSAL_LM"), ids_of(4)
-    cache, recording = DynamicCache(config=base.config), Recording()
-    base(input_ids=ids, **hf_cache.given(base, cache))
-    with CacheWay(base).open(None, recording):
-        base.base_model(input_ids=ids, use_cache=False)
-    for layer, (key, value), module in zip(cache.layers, recording.layers, recording.modules, strict=True):
-        assert torch.equal(layer.keys, key)
-        assert torch.equal(layer.values, value)
-        assert type(module).__name__.endswith("Attention")
-    assert len({id(module) for module in recording.modules}) == 2
+def test_folded_vectors_are_what_a_cache_would_hold(family: str) -> None:
+    """One head for multi-query attention, all of them for Falcon's groups."""
+    model = make(family, "prompt_tuning")
+    base, vectors = model.get_base_model(), model.encoder().prompt().vectors
+    cache = DynamicCache(config=base.config)
+    base(inputs_embeds=vectors, **hf_cache.given(base, cache))
+    for layer, pair in zip(cache.layers, model.fold().layers, strict=True):
+        for held, folded in zip((layer.keys, layer.values), pair, strict=True):
+            close(folded, held)
 
 
 def test_a_recording_keeps_its_gradient_under_checkpointing() -> None:

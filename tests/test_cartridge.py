@@ -25,8 +25,8 @@ from softprompt import (
     get_peft_model,
     initialize_kv_prefix_from_text,
 )
-from softprompt.checkpoint import load_adapter
 from softprompt.base_model import find_way
+from softprompt.checkpoint import load_adapter
 from softprompt.facts import record
 
 P, FROZEN = 6, 2
@@ -181,7 +181,7 @@ def test_names_and_shapes_of_peft() -> None:
 
 def keys_at(base: Any, ids: Tensor, first: int) -> KV:
     """What the model makes of `ids` [1, t] standing alone at positions first, first+1, …"""
-    door, _ = find_way(base)
+    way, _ = find_way(base)
     positions = torch.arange(first, first + ids.shape[1])[None] + way.position_offset
     with torch.no_grad():
         return KV(tuple(record(way, {"input_ids": ids, "position_ids": positions})[0].layers))

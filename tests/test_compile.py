@@ -1,14 +1,16 @@
 """`torch.compile(fullgraph=True)` of whole training and decoding steps: as in eager mode, and compiled once."""
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import hf_cache
+import pairs
 import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from softprompt import (
     MultitaskPromptTuningConfig,
@@ -29,6 +31,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "p_tuning_lstm": lambda: PromptEncoderConfig(num_virtual_tokens=4, encoder_reparameterization_type="LSTM"),
     "mpt": lambda: MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=3),
 }
+FAMILIES = {"gpt2": "left", "llama": "right"}  # and the side that rows are padded on in training
 TASKS = {"task_ids": torch.tensor([2, 0, 2])}
 Result = tuple[Tensor, Tensor, list[Tensor]]
 
@@ -42,8 +45,15 @@ def _strict() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def make(family: str, method: str) -> SoftPromptModel:
-    base = tiny.build(family)
+def axes(cell: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """What a compiled graph depends on: the method's encoder, and of its kind of prompt the family and the rest."""
+    family, method, *rest = cell
+    kind = "keys and values" if method.startswith("prefix") else "embeddings"
+    return (method,), (kind, family), *((kind, each) for each in rest)
+
+
+def make(family: str, method: str, **overrides: Any) -> SoftPromptModel:
+    base = tiny.build(family, **overrides)
     base.loss_type = "ForCausalLM"  # GPT-2's is not known by its name, of which transformers warns in every step
     torch.manual_seed(0)
     return get_peft_model(base, METHODS[method]())
@@ -64,32 +74,26 @@ def step(model: SoftPromptModel, call: Callable[..., Any], batch: dict[str, Tens
     return output.loss.detach(), output.logits.detach(), gradients
 
 
-def check_training(family: str, method: str, side: str, backend: str) -> None:
-    model = make(family, method).train()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+def check_training(model: SoftPromptModel, method: str, side: str, backend: str) -> None:
+    compiled = torch.compile(model.train(), fullgraph=True, backend=backend)
     for seed in range(3):
         batch = batch_of(method, side, seed)
         expected = step(model, model, batch)
         torch.testing.assert_close(step(model, compiled, batch), expected, atol=1e-5, rtol=1e-4)
-    names = {config._attn_implementation for config in model.way._configs}
-    assert names == {"sdpa"}  # nothing is left behind
+    parts = [part for part in model.get_base_model().modules() if isinstance(part, PreTrainedModel)]
+    assert {part.config._attn_implementation for part in parts} == {"sdpa"}  # nothing is left behind
 
 
-@pytest.mark.parametrize(("family", "method"), [("gpt2", "prefix"), ("llama", "prompt_tuning"), ("gpt2", "mpt")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "method"), pairs.default(product(FAMILIES, METHODS), axes, together=1))
 def test_a_training_step(family: str, method: str) -> None:
-    check_training(family, method, "left", "aot_eager")
+    check_training(make(family, method), method, FAMILIES[family], "aot_eager")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("family", "side"), [("gpt2", "left"), ("llama", "right")])
-def test_a_training_step_of_every_method(family: str, method: str, side: str) -> None:
-    check_training(family, method, side, "aot_eager")
-
-
-@pytest.mark.slow
+@pytest.mark.full  # a compiler for C++ takes a minute
 def test_a_training_step_in_compiled_kernels() -> None:
-    check_training("llama", "prefix", "left", "inductor")
+    check_training(make("llama", "prefix", num_hidden_layers=1), "prefix", "left", "inductor")
 
 
 @torch.no_grad()
@@ -119,24 +123,20 @@ def check_decoding(model: SoftPromptModel, backend: str, more: dict[str, Tensor]
     torch.testing.assert_close(logits["compiled"], again, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize(("family", "method"), [("gpt2", "prompt_tuning"), ("llama", "prefix")])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "method", "frozen"), pairs.default(product(FAMILIES, METHODS, [False, True]), axes, together=1)
+)
 def test_a_decoding_step_on_a_static_cache(family: str, method: str, frozen: bool) -> None:
     model = make(family, method).eval()
     model.set_adapter("default", inference_mode=frozen)
-    check_decoding(model, "aot_eager", {})
+    check_decoding(model, "aot_eager", TASKS if method == "mpt" else {})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_decoding_step_of_every_method(family: str, method: str) -> None:
-    check_decoding(make(family, method).eval(), "aot_eager", TASKS if method == "mpt" else {})
-
-
-@pytest.mark.slow
+@pytest.mark.full  # a compiler for C++ takes a minute
 def test_a_decoding_step_in_compiled_kernels() -> None:
-    check_decoding(make("llama", "prefix").eval(), "inductor", {})
+    check_decoding(make("llama", "prefix", num_hidden_layers=1).eval(), "inductor", {})
 
 
 def test_tasks_that_are_not_there_are_refused_in_compiled_steps() -> None:

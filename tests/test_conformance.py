@@ -15,6 +15,7 @@ from pathlib import Path
 
 import conformance
 import naive
+import pairs
 import pytest
 import tiny
 import torch
@@ -26,6 +27,12 @@ from softprompt import METHODS, SoftPromptModel, UnsupportedError
 
 CELLS = list(conformance.cells())
 Reload = Callable[[Cell, Path], dict[str, Tensor]]
+RUNS, REFUSED = ([cell for cell in CELLS if (cell.refusal is None) is exists] for exists in (True, False))
+
+
+def axes(cell: Cell) -> tuple[tuple[str | None, str], ...]:
+    """With the others, whose families have every head: a variant before every family, and before every head."""
+    return (cell.variant, cell.family), (cell.variant, cell.task)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,8 @@ def reload() -> Iterator[Reload]:
         process.stdin.close()
 
 
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.refusal is None], ids=str)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("cell", RUNS, ids=str)
 def test_cell(cell: Cell, reload: Reload, tmp_path: Path) -> None:
     model = cell.model()
     check_against_the_plain_formulation(cell, model)
@@ -64,7 +72,7 @@ def test_cell(cell: Cell, reload: Reload, tmp_path: Path) -> None:
         check_generation(cell, model)
 
 
-@pytest.mark.parametrize("cell", list(conformance.variants()), ids=str)
+@pytest.mark.parametrize("cell", pairs.default(conformance.variants(), axes, together=1), ids=str)
 def test_variant(cell: Cell) -> None:
     model = cell.model()
     check_against_the_plain_formulation(cell, model)
@@ -72,7 +80,8 @@ def test_variant(cell: Cell) -> None:
         check_generation(cell, model)
 
 
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.refusal is not None], ids=str)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("cell", REFUSED, ids=str)
 def test_a_cell_that_cannot_exist_names_what_can(cell: Cell) -> None:
     assert cell.refusal is not None
     with pytest.raises(UnsupportedError, match=cell.refusal) as caught:

@@ -72,6 +72,7 @@ def train(model: Any, batch: dict[str, Tensor], steps: int = 4, lr: float = 0.01
 # ---- the loss ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("lengths", [(6,), (5, 9, 7)])

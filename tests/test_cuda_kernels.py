@@ -49,6 +49,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cuda, name, function)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("size", [16, 12])
 @pytest.mark.parametrize("dtype", cuda.TYPES)
@@ -73,6 +74,7 @@ def test_queries_of_a_short_prefix_are_cut(stand_ins: None, monkeypatch: pytest.
         close(mine, true)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("span", shared_kit.SPANS)
 @pytest.mark.parametrize("heads", shared_kit.HEADS)
 @pytest.mark.parametrize("rows", shared_kit.ROWS)
@@ -95,6 +97,7 @@ def _with(kernel: Any, given: shared_kit.Batch) -> Any:
     return shared._Shared.apply(*given.states, given.prefix, given.bias, given.causal, given.scale, kernel)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("size", [64, 12])

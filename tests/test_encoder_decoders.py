@@ -70,6 +70,7 @@ def shifted_right(base: PreTrainedModel, labels: Tensor) -> Tensor:
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,6 +95,7 @@ def test_logits_loss_and_gradients_equal_single_rows(family: str, method: str, s
     assert out.encoder_last_hidden_state.shape[1] == source["input_ids"].shape[1]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)

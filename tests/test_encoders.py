@@ -125,6 +125,7 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", tiny.ENCODERS)
@@ -170,6 +171,7 @@ def test_bert_equals_peft_on_right_padded_rows(method: str) -> None:
     close(model(**batch).logits, expected)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", tiny.ENCODERS)
@@ -207,6 +209,7 @@ def test_four_dimensional_masks(method: str) -> None:
 # ---- one output per token ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("head", ["tokens", "masked"])

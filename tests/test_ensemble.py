@@ -56,6 +56,7 @@ def one_by_one(model: SoftPromptModel, batch: dict[str, Tensor]) -> Tensor:
 # ---- logits ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -37,6 +37,7 @@ def make(family: str, method: str, **overrides: object) -> SoftPromptModel:
     return get_peft_model(tiny.build(family, **overrides), METHODS[method]()).eval()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", tiny.DECODERS + tiny.MORE_DECODERS)
@@ -62,6 +63,7 @@ def test_logits_loss_and_gradients_equal_naive(family: str, method: str, side: s
         torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("keep", [0, 2, torch.tensor([1, 4])])
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix", "cpt"])

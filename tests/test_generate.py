@@ -84,6 +84,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FEW)
@@ -125,6 +126,7 @@ def test_left_padded_rows_equal_single_rows(family: str, method: str) -> None:
     assert torch.equal(together, torch.cat(single))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "options",
     [
@@ -161,6 +163,7 @@ def test_an_assistant_drafts(method: str) -> None:
         assert torch.equal(ours(model, ids, assistant_model=draft), ours(model, ids))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", FEW)

@@ -26,6 +26,7 @@ def classifier(family: str, seed: int = 0, labels: int = 3) -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])

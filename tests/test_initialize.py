@@ -176,8 +176,10 @@ def test_another_number_of_tokens_than_the_prefix_has() -> None:
         ([(torch.ones(2, 1, 30, 4), torch.ones(2, 1, 30, 4))], "one sequence"),
         ([(torch.ones(1, 30, 4), torch.ones(1, 30, 4))], r"\[1, heads, tokens, size\]"),
         ([(torch.ones(1, 1, 9, 4), torch.ones(1, 1, 9, 4))], "at least 20.*got 9"),
-        ([(torch.ones(1, 1, 30, 4), torch.ones(1, 1, 30, 5))], "different shapes"),
-        ([(torch.ones(1, h, 30, 4), torch.ones(1, h, 30, 4)) for h in (1, 2)], "different shapes"),
+        ([(torch.ones(1, 1, 30, 4), torch.ones(1, 2, 30, 4))], "different heads or tokens"),
+        ([(torch.ones(1, 1, t, 4), torch.ones(1, 1, t, 4)) for t in (30, 31)], "different heads or tokens"),
+        ([torch.ones(2, 1, 1, 30, 4)], r"layer 0 .* is a Tensor"),
+        ([(None, None)], r"layer 0 .*give \(key, value\) tensors"),
     ],
 )
 def test_caches_that_are_no_prefix(cache: Any, message: str) -> None:

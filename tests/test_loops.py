@@ -288,6 +288,7 @@ def test_experts_add_their_loss_once(method: str) -> None:
         close(whole.loss, plain + 0.5 * whole.aux_loss)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "falcon_multi_query", "t5"])

@@ -57,6 +57,7 @@ def model_of(family: str, method: str) -> SoftPromptModel:
     return get_peft_model(families.build(family, "CAUSAL_LM"), METHODS[method](task_type="CAUSAL_LM")).eval()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("answers", [False, True])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral_window", "gptj", "falcon_multi_query"])

@@ -24,7 +24,7 @@ from softprompt.train.distributed import Team, processes
 
 FORKS = multiprocessing.get_context("forkserver")  # starts once, with everything imported
 FORKS.set_forkserver_preload(["softprompt.train", "softprompt.train.finish", "test_train"])
-STEPS = 50
+STEPS = 16
 
 
 class Stop:
@@ -66,7 +66,7 @@ def together(size: int, runs: list[Recipe], **options: Any) -> list[int | None]:
 
 def cases(place: Path, out: Path, **changes: Any) -> dict[str, Recipe]:
     """Every kind of loss, by name. Batches of 6 leave a last one of 2 that four processes cannot share out."""
-    common: dict[str, Any] = {"steps": STEPS, "batch_size": 6, "save_steps": 0, "eval_steps": 25, **changes}
+    common: dict[str, Any] = {"steps": STEPS, "batch_size": 6, "save_steps": 0, "eval_steps": STEPS // 2, **changes}
     kinds: dict[str, dict[str, Any]] = {
         "prefix": {"method": "prefix_tuning", "learning_rate": 0.02},
         "embeddings": {"method": "p_tuning", "learning_rate": 1e-3},

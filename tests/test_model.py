@@ -21,6 +21,7 @@ from softprompt import (
 # ---- outputs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

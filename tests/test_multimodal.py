@@ -109,5 +109,5 @@ def test_images_beside_a_prompt_inside_the_row_are_refused() -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, placement="after_bos")
     model, inputs = get_peft_model(build("llava", "CAUSAL_LM"), config).eval(), row("llava")
     for run in (model, model.generate):
-        with pytest.raises(UnsupportedError, match=r"inside the rows of Llava.*use a model of attention alone"):
+        with pytest.raises(UnsupportedError, match=r"inside the rows of Llava.*use placement='front' or prefix_tuning"):
             run(**inputs)

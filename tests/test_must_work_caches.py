@@ -65,6 +65,7 @@ def ours(model: SoftPromptModel, ids: Tensor, **options: Any) -> Tensor:
 # ---- the caches generate makes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     ("family", "kind"),
     [(family, kind) for family in OWN_CODE + BOTH_STACKS for kind in ("static", "dynamic", "none", "lookup")]
@@ -113,6 +114,7 @@ def rounding(kind: str, model: SoftPromptModel) -> Any:
     return QuantizedCache(backend=kind, config=model.get_base_model().config, **groups)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", ["own", "fp8", "quanto", "hqq"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", DOORS + OWN_CODE)
@@ -183,6 +185,7 @@ def own_cache(kind: str, model: SoftPromptModel) -> Any:
 KINDS = ("dynamic", "static", "elsewhere", "offloaded")
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", DOORS + OWN_CODE + BOTH_STACKS)
@@ -197,6 +200,7 @@ def test_generate_on_a_cache_that_the_user_brings(family: str, method: str, kind
     assert int(cache.get_seq_length()) == written  # real tokens only
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", OWN_CODE)
@@ -226,6 +230,7 @@ def test_a_loop_by_hand_on_a_padded_batch(family: str, method: str, kind: str) -
     torch.testing.assert_close(torch.cat(steps, dim=1), torch.stack(expected), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", BOTH_STACKS)
@@ -290,6 +295,7 @@ def test_a_shared_system_prompt_before_rows_of_different_lengths(family: str, me
 # ---- drafts ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("drafts", ["plain", "prompted", "itself"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", [*DOORS, "bloom", "gptj", *BOTH_STACKS])

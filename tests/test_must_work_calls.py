@@ -94,6 +94,7 @@ def enums_in(hint: Any) -> list[Any]:
 GENERAL = [name for name, method in METHODS.items() if method.task_types == tuple(TaskType)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("method", GENERAL)
 @pytest.mark.parametrize(
     ("family", "task"),
@@ -128,6 +129,7 @@ def traces(base: PreTrainedModel) -> list[str]:
     return [*found, str(base.config._attn_implementation), str(base.config.to_dict())]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("call", ["forward", "generate", "beams"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", ["t5", "bart", "bloom", "lfm2"])

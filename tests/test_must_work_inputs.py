@@ -51,6 +51,7 @@ WINDOWS = ("mistral_window", "gemma2", "gemma3", "cohere2", "gpt_oss")  # of 5 t
 LONG = (3, 14, 9)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("count", [2, 4, 7])
 @pytest.mark.parametrize("method", ["PrefixTuningConfig", "PromptTuningConfig"])
 @pytest.mark.parametrize("family", WINDOWS)
@@ -216,6 +217,7 @@ def test_vectors_where_layers_look_ids_up_are_refused() -> None:
 # ---- masks and positions -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "modernbert"])
@@ -250,6 +252,7 @@ def halves(model: SoftPromptModel, ids: Tensor) -> Iterator[tuple[Tensor, Tensor
     yield from zip(ids.split(3, dim=1), positions.split(3, dim=1), strict=True)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", ["t5", "bart"])

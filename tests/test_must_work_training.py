@@ -65,6 +65,7 @@ def checkpointed(model: Any, reentrant: bool) -> None:
     enable({"use_reentrant": reentrant})  # the first is the name in newer versions
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("before_wrapping", [True, False])
 @pytest.mark.parametrize("cell", languages("bloom", "mpt", "falcon_multi_query", "gptj", "t5", "bart", "lfm2"), ids=str)
@@ -114,6 +115,7 @@ def adam(model: SoftPromptModel) -> torch.optim.AdamW:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("cell", [*languages("llama", "t5", "bloom"), *combinations(("bert", "SEQ_CLS"))], ids=str)
 def test_training_goes_on_from_a_saved_adapter(cell: Cell, tmp_path: Path) -> None:
     """Saved with its encoder and loaded, a prompt trains on as if nothing had happened."""
@@ -194,6 +196,7 @@ def test_methods_mixed_on_one_model(family: str, task: str) -> None:
 # ---- without the prompt ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "cell",
     combinations(

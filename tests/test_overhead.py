@@ -56,6 +56,7 @@ def of_a_step(model: PreTrainedModel | SoftPromptModel, ids: Tensor) -> Counter[
     return counted[1] - counted[0]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -82,6 +82,7 @@ matrix = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.pairwise
 @matrix
 def test_training_step(shape: str, backend: str, method: str) -> None:
     """Logits of real tokens, the loss, and the gradient of everything that trains."""
@@ -107,6 +108,7 @@ def test_training_step(shape: str, backend: str, method: str) -> None:
         model.eval()
 
 
+@pytest.mark.pairwise
 @matrix
 def test_prefill_and_decoding(shape: str, backend: str, method: str) -> None:
     """A prefill, then two tokens at once, then one at a time; the cache holds real tokens only."""
@@ -143,6 +145,7 @@ def decoded(model: SoftPromptModel, batch: dict[str, Tensor], more: Tensor) -> l
     return list(zip(torch.cat(found, dim=1), seen.bool(), strict=True))
 
 
+@pytest.mark.pairwise
 @matrix
 def test_greedy_generation_and_beams(shape: str, backend: str, method: str) -> None:
     cell, model = make(shape, backend, method)
@@ -168,6 +171,7 @@ def error(got: list[Tensor], right: list[Tensor]) -> float:
     return float((torch.as_tensor(off) / size).sqrt())
 
 
+@pytest.mark.pairwise
 @matrix
 def test_bfloat16_is_as_exact_as_the_naive_way(shape: str, backend: str, method: str) -> None:
     """A bfloat16 model and a float32 prompt, beside the same weights in float64: training and decoding."""

@@ -34,6 +34,7 @@ matrix = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.pairwise
 @matrix
 def test_prefixes_equal_the_plain_formulation(cell: Cell, backend: str) -> None:
     model = with_backend(cell, backend)
@@ -79,6 +80,7 @@ def beams(model: SoftPromptModel, row: Tensor, steps: int, count: int) -> Tensor
     return torch.cat([ids[:, 1:] for _, ids in found])
 
 
+@pytest.mark.pairwise
 @matrix
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_exact_as_the_naive_way(cell: Cell, backend: str, dtype: torch.dtype) -> None:
@@ -118,6 +120,7 @@ DROPOUT: dict[str, dict[str, float]] = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", DROPOUT)

@@ -151,6 +151,7 @@ def training(model: SoftPromptModel, given: dict[str, Tensor]) -> set[tuple[int,
     return watch.shapes
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("given", [text, padded_text])
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -161,6 +162,7 @@ def test_training_copies_no_prefix(shape: str, method: str, given: Callable[[], 
     assert copies(training(make(shape, method, attn_implementation="eager").train(), given()), both)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("given", [text, padded_text])
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -207,6 +209,7 @@ def extra(shape: str, method: str, given: dict[str, Tensor], **more: Any) -> Cou
     return ours
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("shape", SHAPES)

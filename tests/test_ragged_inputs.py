@@ -12,10 +12,10 @@ import transformers as hf
 from ragged_kit import LENGTHS, ROWS, TOKENS, Model
 from torch import Tensor
 
-from softprompt.join import Mixed
+from softprompt.base_model import find_way
 from softprompt.config import Placement
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.base_model import find_way
+from softprompt.join import Mixed
 from softprompt.prompt import KV, Embeddings
 from softprompt.running import Run
 
@@ -215,6 +215,7 @@ REACHED = [(family, kind) for family in IN_FRONT for kind in ("vectors", "keys")
 ]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("which", [0, 2, 3])
 @pytest.mark.parametrize(("family", "kind"), REACHED)
 def test_a_row_never_sees_another_rows_prompt(family: str, kind: str, which: int) -> None:

@@ -31,6 +31,7 @@ def check_logits(model: Model, kind: str, side: str, placement: Placement = FRON
             kit.close(got[row][batch["attention_mask"][row].bool()], expected)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("placement", [FRONT, AFTER])
 @pytest.mark.parametrize("family", IN_ROWS)
@@ -44,6 +45,7 @@ def test_encoders_without_a_mask(family: str, placement: Placement) -> None:
     check_logits(Model(family, "MASKED_LM"), "vectors", "right", placement, masked=False)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", ["keys", "both"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
@@ -52,6 +54,7 @@ def test_keys_and_values_on_encoders(family: str, kind: str, side: str) -> None:
     check_logits(Model(family, "MASKED_LM"), kind, side)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("placement", [FRONT, AFTER])
 @pytest.mark.parametrize("family", STATEFUL)
@@ -72,6 +75,7 @@ def test_behind_the_first_token_of_a_decoder(family: str, side: str) -> None:
     check_logits(Model(family), "both", side, AFTER)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", ["vectors", "keys"])
 @pytest.mark.parametrize("family", FOLDED + IN_CACHE)
@@ -105,6 +109,7 @@ def check_loss(model: Model, kind: str, side: str, placement: Placement = FRONT,
     kit.same_gradients(got, total / count, leaves)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", ["vectors", "keys"])
 @pytest.mark.parametrize("family", [*FOLDED, "bloom", "mpt", "falcon_alibi", "gptj"])
@@ -120,6 +125,7 @@ def test_loss_of_models_with_a_state(family: str, side: str) -> None:
     check_loss(model, "vectors", side, AFTER)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", ["vectors", "keys", "both"])
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -160,6 +166,7 @@ def check_generate(model: Model, kind: str, beams: int, placement: Placement = F
             assert torch.equal(got[row, -5:], expected[0, -5:]), row
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("kind", ["vectors", "keys"])
 @pytest.mark.parametrize("family", [*FOLDED, "bloom", "mpt", "gptj"])

@@ -25,6 +25,7 @@ def targets() -> Tensor:
     return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,6 +107,7 @@ def test_what_comes_back_covers_real_tokens_only(family: str, placement: Placeme
                 kit.close(mine[row][real], theirs[0])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["t5", "bart", "pegasus"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from cli_kit import Shell
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,9 +46,12 @@ def run(arguments: list[str], folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_python_example_runs(tmp_path: Path) -> None:
-    printed = run([sys.executable, "-c", block("README.md", "python")], tmp_path)
-    assert printed.strip() == "name: Milo | kind: duck => Milo is a duck."
+def test_python_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(block("README.md", "python"), {})  # noqa: S102 – our own page
+    assert capsys.readouterr().out.strip() == "name: Milo | kind: duck => Milo is a duck."
     assert {file.name for file in (tmp_path / "my-prompt").iterdir()} >= {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -61,20 +65,22 @@ def test_import_example_runs() -> None:
 
 
 @pytest.mark.slow
-def test_commands_run(tmp_path: Path) -> None:
-    """The commands in order, each as it stands, with fewer steps."""
+def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands in order, each as it stands, with fewer steps; all in this process."""
     small = {
         "train": ["--steps", "4", "--train-limit", "64", "--eval-limit", "16", "--samples", "1"],
         "eval": ["--max-new-tokens", "8"],
     }
     (tmp_path / "softprompt").symlink_to(ROOT / "softprompt", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    shell = Shell(capsys)
     commands = block("README.md", "shell").replace("\\\n", " ").splitlines()
     assert len(commands) >= 6
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "softprompt"
         settings = small.get(arguments[0], [])
-        assert run([sys.executable, "-m", "softprompt.cli", *arguments, *settings], tmp_path).strip()
+        assert shell.ok(*arguments, *settings).strip()
 
 
 def test_make_targets_exist() -> None:

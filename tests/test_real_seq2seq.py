@@ -3,6 +3,7 @@
 Prompts are trained, saved, loaded in another process and used there, with equal outputs; PEFT runs those it knows.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -41,21 +42,23 @@ METHODS: dict[str, tuple[Any, float]] = {
     ),
 }
 OTHER_PROCESS = """
+import json
 import sys
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from softprompt import SoftPromptModel
 
-folder, adapter, *names = sys.argv[1:]
+folder, adapters, names = sys.argv[1], *map(json.loads, sys.argv[2:])
 torch.set_num_threads(1)
-model = SoftPromptModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(folder), adapter)
 batch = AutoTokenizer.from_pretrained(folder)(names, padding=True, return_tensors="pt")
 batch = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-tokens = model.generate(**batch, max_new_tokens=20)
-with torch.no_grad():
-    logits = model(**batch, decoder_input_ids=tokens).logits
-save_file({"tokens": tokens, "logits": logits.contiguous()}, adapter + "/outputs.safetensors")
+for adapter in adapters:
+    model = SoftPromptModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(folder), adapter)
+    tokens = model.generate(**batch, max_new_tokens=20)
+    with torch.no_grad():
+        logits = model(**batch, decoder_input_ids=tokens).logits
+    save_file({"tokens": tokens, "logits": logits.contiguous()}, adapter + "/outputs.safetensors")
 """
 
 
@@ -102,21 +105,35 @@ def test_the_model_writes_what_its_source_says(folder: Path) -> None:
     assert written(folder, base(folder), ["آتزمون", "آتشيسون"]) == ["atzmon", "achison"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_train_save_load_in_another_process(tmp_path: Path, folder: Path, method: str) -> None:
+@pytest.mark.slow
+def test_train_save_load_in_another_process(tmp_path: Path, folder: Path) -> None:
+    """One other process loads the prompts of every kind."""
+    names, models = [*NAMES, *UNSEEN], {}
+    for method in METHODS:
+        models[method] = trained(folder, method, names)
+        models[method].save_pretrained(tmp_path / method)
+    places = [str(tmp_path / method) for method in METHODS]
+    command = [sys.executable, "-c", OTHER_PROCESS, str(folder), json.dumps(places), json.dumps(names)]
+    subprocess.run(command, check=True, cwd=Path(__file__).resolve().parent.parent, capture_output=True)
+    for method, model in models.items():
+        check_loaded(folder, tmp_path / method, model, names, by_peft=method != "three prefixes")
+
+
+def trained(folder: Path, method: str, names: list[str]) -> SoftPromptModel:
     config, rate = METHODS[method]
     torch.manual_seed(0)
     model = get_peft_model(base(folder), config).eval()
     losses = train(folder, model, rate)
-    assert losses[-1] < 0.7 * losses[0]
-    names = [*NAMES, *UNSEEN]
+    assert losses[-1] < 0.7 * losses[0], method
     assert written(folder, model, names) != written(folder, base(folder), names)
     with model.disable_adapter():
         assert written(folder, model, names) == written(folder, base(folder), names)
-    model.save_pretrained(tmp_path)
-    command = [sys.executable, "-c", OTHER_PROCESS, str(folder), str(tmp_path), *names]
-    subprocess.run(command, check=True, cwd=Path(__file__).resolve().parent.parent, capture_output=True)
-    found, batch = load_file(tmp_path / "outputs.safetensors"), encode(folder, names)
+    return model
+
+
+def check_loaded(folder: Path, place: Path, model: SoftPromptModel, names: list[str], by_peft: bool) -> None:
+    """What the other process found is what this one finds, and what PEFT does where it knows the prompt."""
+    found, batch = load_file(place / "outputs.safetensors"), encode(folder, names)
     tokens = model.generate(**batch, max_new_tokens=20)
     assert torch.equal(tokens, found["tokens"])
     with torch.no_grad():
@@ -125,11 +142,12 @@ def test_train_save_load_in_another_process(tmp_path: Path, folder: Path, method
     for name, row in zip(names, tokens, strict=True):  # a batch is its single rows
         alone = model.generate(**encode(folder, [name]), max_new_tokens=20)[0]
         assert torch.equal(row[: len(alone)], alone)
-    if method != "three prefixes":
-        theirs: Any = peft.PeftModel.from_pretrained(base(folder), str(tmp_path)).eval()
-        # PEFT looks source words up in the decoder's table; in this model the encoder has one of its own
-        assert not torch.equal(theirs.word_embeddings.weight, theirs.get_encoder().embed_tokens.weight)
-        theirs.word_embeddings = theirs.get_encoder().embed_tokens
-        with torch.no_grad():
-            torch.testing.assert_close(theirs(**batch, decoder_input_ids=tokens).logits, logits, atol=1e-4, rtol=1e-6)
-        assert torch.equal(theirs.generate(**batch, max_new_tokens=20), tokens)
+    if not by_peft:
+        return
+    theirs: Any = peft.PeftModel.from_pretrained(base(folder), str(place)).eval()
+    # PEFT looks source words up in the decoder's table; in this model the encoder has one of its own
+    assert not torch.equal(theirs.word_embeddings.weight, theirs.get_encoder().embed_tokens.weight)
+    theirs.word_embeddings = theirs.get_encoder().embed_tokens
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**batch, decoder_input_ids=tokens).logits, logits, atol=1e-4, rtol=1e-6)
+    assert torch.equal(theirs.generate(**batch, max_new_tokens=20), tokens)

@@ -166,6 +166,7 @@ def test_passes_flops_and_keys_of_an_engine_by_hand() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full  # by default a server in this process is stopped, and test_serve_process.py kills a real one
 def test_the_load_benchmark_with_a_server_of_its_own(tmp_path: Path) -> None:
     """In a process that really is killed."""
     load("serving_load").run(["--quick", "--only", "killed", "--threads", "1", "--results", str(tmp_path)])

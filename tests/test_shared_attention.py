@@ -41,6 +41,7 @@ def check(given: shared_kit.Batch, way: Callable[..., Tensor], what: str) -> Non
         same(way(*given.arguments), expected, f"{what}, without gradient")
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize("heads", HEADS)
@@ -51,6 +52,7 @@ def test_equals_concatenation(heads: str, span: str, kind: str, fast_only: None)
             check(replace(given, before=before), way, f"{name}, prefix bias {number}")
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", ["one for all", "groups of different size", "ragged"])
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize("heads", HEADS)
@@ -185,6 +187,7 @@ def ordinary(given: shared_kit.Batch) -> Tensor:
     return torch.cat(outputs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["one for all", "ragged, of different size"])
 @pytest.mark.parametrize("heads", HEADS)

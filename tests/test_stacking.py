@@ -57,6 +57,7 @@ def lora(family: str, how: str, task: str | None = None) -> Any:
     return base
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("how", ["wrapped", "injected", "added"])
 @pytest.mark.parametrize("cell", combinations(*KIND.items()), ids=str)
 def test_a_prompt_on_a_lora_model_trains_with_it(cell: Cell, how: str) -> None:

@@ -61,6 +61,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("family", "task", "method"), CELLS)
 @pytest.mark.parametrize(
     ("dtype", "mapped"),

@@ -177,8 +177,8 @@ def test_they_have_flags_and_train_save_and_generate(checkout: Path, tmp_path: P
 
 
 def test_they_have_their_rows_in_the_documents(checkout: Path) -> None:
-    script = "import fill_readme, make_support; print(fill_readme.methods()); print(make_support.row('llama')[0])"
-    script = f"import sys; sys.path.insert(0, 'scripts'); {script}; print(sorted(make_support.METHODS))"
+    script = "import sys; sys.path[:0] = ['scripts', 'tests']; import fill_readme, support_methods as support; "
+    script += "print(fill_readme.methods()); print(support.row('llama')[0]); print(sorted(support.METHODS))"
     table = python(checkout, "-c", script)
     assert (
         "| `toy_vectors` | `ToyVectorsConfig` | [Toy vectors: A method for a test](https://example.org/toy-vectors)"

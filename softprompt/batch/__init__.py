@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from softprompt.batch.find import BASE, Chosen, Finder, Unit, kept, placement_of
-from softprompt.join import Mixed, join_embeddings, join_folded, join_kv
 from softprompt.config import Placement, PromptConfig
 from softprompt.elsewhere import sharded, word_table
 from softprompt.errors import ConfigError
 from softprompt.fold import Folded, fold_and_predict
+from softprompt.join import Mixed, join_embeddings, join_folded, join_kv
 from softprompt.prompt import KV, Embeddings
 from softprompt.running import Run
 

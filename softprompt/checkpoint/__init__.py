@@ -28,7 +28,7 @@ from softprompt.checkpoint.guard import (
 )
 from softprompt.checkpoint.promise import Promise, encoder_shapes, promise_of, read_promise
 from softprompt.checkpoint.training_state import STATE_NAME, read_training_state
-from softprompt.config import KVConfig, PromptConfig
+from softprompt.config import KVConfig, PromptConfig, widest_shape
 from softprompt.errors import CheckpointError
 from softprompt.facts import Facts
 
@@ -165,21 +165,13 @@ def write_config(folder: Path, config: PromptConfig) -> None:
 def check_fits(saved: SavedAdapter, facts: Facts) -> None:
     """Raise CheckpointError if the adapter was made for a base model of other sizes, naming each and both numbers."""
     config, count = saved.config, len(facts.layers) or None
-    doubled = isinstance(config, KVConfig) and config.paired and count and config.num_layers == 2 * count
-    sizes: list[tuple[str, Any, Any]] = [("layers", count if doubled else config.num_layers, count)]
+    sizes: list[tuple[str, Any, Any]]
     if isinstance(config, KVConfig):
         _check_paired(saved, config, facts)
-        layers = facts.prefix_layers(config)
-        shapes = [[layer.heads, layer.key_size, layer.value_size] for layer in layers]
-        there = config.prefix_shapes
-        if all(shape == given[0] and shape[1] == shape[2] for given in (there, shapes) for shape in given):
-            sizes += [("key-value heads", there[0][0], shapes[0][0]), ("head size", there[0][1], shapes[0][1])]
-        elif there != shapes:
-            sizes.append(("key-value shapes", there, shapes))
-        if config.num_layers == len(facts.layers):
-            sizes.append(("attention layers with a prefix", len(there), len(shapes)))
+        sizes = _sizes_of_pairs(saved, config, facts)
     else:
-        sizes += [
+        sizes = [
+            ("layers", config.num_layers, count),
             ("width", config.token_dim, facts.hidden_size),
             ("attention heads", config.num_attention_heads, facts.query_heads or None),
         ]
@@ -193,6 +185,40 @@ def check_fits(saved: SavedAdapter, facts: Facts) -> None:
         raise CheckpointError(
             f"{saved.source} was made for another base model{name}: {'; '.join(wrong)}; load that base model, or train "
             f"a prompt for this one."
+        )
+
+
+def _sizes_of_pairs(saved: SavedAdapter, config: KVConfig, facts: Facts) -> list[tuple[str, Any, Any]]:
+    """What has to be equal of keys and values: its name, what it is in the adapter, and here."""
+    count = len(facts.layers) or None
+    others = (2 * (count or 0) if config.paired else 0, (count or 0) + facts.shared_layers)
+    sizes: list[tuple[str, Any, Any]] = [("layers", count if config.num_layers in others else config.num_layers, count)]
+    layers = facts.prefix_layers(config)
+    shapes = [[layer.heads, layer.key_size, layer.value_size] for layer in layers]
+    there, widest = config.prefix_shapes, None if facts.encoder_decoder else widest_shape(shapes)
+    uneven = config.layer_shapes is None and any(shape != shapes[0] for shape in shapes)
+    if uneven:
+        _check_reaches(saved, there[0], shapes)
+    if uneven and widest is not None:
+        here = [*widest, widest[1]]  # PEFT's form, the first heads and numbers of which each layer has
+    else:
+        here = shapes[0]
+        if not all(shape == given[0] and shape[1] == shape[2] for given in (there, shapes) for shape in given):
+            return [*sizes, ("key-value shapes", there, shapes)]
+    sizes += [("key-value heads", there[0][0], here[0]), ("head size", there[0][1], here[1])]
+    if config.num_layers == count:
+        sizes.append(("attention layers with a prefix", len(there), len(shapes)))
+    return sizes
+
+
+def _check_reaches(saved: SavedAdapter, there: list[int], shapes: list[list[int]]) -> None:
+    """CheckpointError for a prefix that PEFT gives to some layers only: its pairs are too narrow for the others."""
+    beyond = [number for number, (heads, size, _) in enumerate(shapes) if heads > there[0] or size > there[1]]
+    if beyond and len(beyond) < len(shapes):
+        raise CheckpointError(
+            f"{saved.source} was made for another base model, or leaves out layers of this one: {there[0]} key-value "
+            f"heads of size {there[1]} are too few for attention layers {', '.join(map(str, beyond))}, which PEFT then "
+            "runs without a prefix; here every layer has one, so train it again here."
         )
 
 

@@ -31,7 +31,7 @@ MAX_DEPTH = 10
 # What PEFT 0.21 writes for its prompt methods. These are always written; any other field of a config is ours alone,
 # and is written only when it says something, because PEFT warns about names it does not know.
 # fmt: off
-PEFT_FIELDS = frozenset((
+PEFT_FIELDS = frozenset({
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads",
     "num_layers", "modules_to_save", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
@@ -40,7 +40,7 @@ PEFT_FIELDS = frozenset((
     "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task", "num_ranks", "num_tasks", "num_frozen_tokens",
     "cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask", "opt_weighted_loss_type", "opt_loss_decay_factor",
     "opt_projection_epsilon", "opt_projection_format_epsilon",
-))
+})
 # fmt: on
 _NAME_FIELDS = ("base_model_name_or_path", "revision", "tokenizer_name_or_path", "peft_version")
 _MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)

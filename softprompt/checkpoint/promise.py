@@ -69,7 +69,10 @@ def _known(data: bytes) -> Promise:
 def promise_of(config: PromptConfig, path: Path) -> Promise:
     """What `config`, of the file `path`, promises. Raises CheckpointError."""
     config = replace(config, inference_mode=True)  # whatever it says: its start is over
-    state, method = _state_shapes(config, path), method_of(config.peft_type, path)
+    plain = config
+    if isinstance(config, KVConfig) and config.padded and config.layer_shapes is not None:
+        plain = replace(config, layer_shapes=None, num_layers=len(config.layer_shapes))  # one shape for all of them
+    state, method = _state_shapes(plain, path), method_of(config.peft_type, path)
     shapes = {name: list(state[own]) for name, own in method.saved_names.items()}
     for name, dim in method.token_dims.items():
         shapes[name][dim] *= config.saved_copies

@@ -1,4 +1,4 @@
-"""The command line: `softprompt train | sweep | generate | eval | serve | show | convert | compare | methods`.
+"""The command line: `softprompt train | sweep | generate | eval | serve | show | convert | compare | check | methods`.
 
 Whatever a user can cause ends with one line on stderr that names the cause and the remedy, and exit status 2; an
 interrupt ends with 130. Any other exception is a bug, and shows its traceback.
@@ -353,6 +353,24 @@ def compare(
         typer.echo(json.dumps(comparison.to_dict(), ensure_ascii=False))
     else:
         print_comparison(Console(), comparison)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Base model: a folder or hub name.")],
+    method: Annotated[str | None, typer.Option("--method", help="One method. [default: all]")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """What was found out about a model, and whether prompts on it do what the same tokens in the row do."""
+    from softprompt.checking import check as run
+    from softprompt.loading import load_any
+
+    report = run(load_any(model, dtype, device), method)
+    typer.echo(report.to_json() if as_json else str(report))
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command()

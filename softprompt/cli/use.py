@@ -13,7 +13,7 @@ import typer
 from softprompt.checkpoint import SavedAdapter, load_adapter, save_adapter
 from softprompt.cli.cloze import cloze_inputs, read_cloze, template_text
 from softprompt.cli.prompted import Prompted, base_name, label_names_of, open_prompted, read_saved, recipe_of_task
-from softprompt.config import KVConfig
+from softprompt.config import KVConfig, widest_shape
 from softprompt.data import Example, LabelledExample, encode_labels, expand, load_examples, load_labelled
 from softprompt.data.cloze import as_text, load_cloze
 from softprompt.data.examples import without_slots
@@ -33,7 +33,7 @@ from softprompt.export.mlx import save_mlx_cache
 from softprompt.inspect_prompt import PromptFacts, describe, describe_kv, saved_kv
 from softprompt.loading import Dispatch, load_base, load_tokenizer
 from softprompt.methods import PrefixTuningConfig
-from softprompt.pairs import twice
+from softprompt.pairs import as_checkpoint
 from softprompt.prompt import KV
 from softprompt.recipe import Recipe, did_you_mean
 from softprompt.report.nearest import nearest_tokens
@@ -225,8 +225,11 @@ def convert_prompt(prompt: Path, to: str, out: Path, model: str | None, task: st
                 f"{prompt} cannot become a prompt of PEFT's: it has {beyond}, which PEFT does not know and would leave "
                 "out without saying so; use it here, or train one without"
             )
-        save_adapter(out, saved.config, saved.tensors, saved.encoder)
-        return f"{out}: {saved.config.peft_type} as PEFT reads it"
+        config = saved.config
+        if isinstance(config, KVConfig) and config.padded:  # whose shapes PEFT knows from the model
+            config, saved = replace(config, layer_shapes=None), replace(saved, encoder=None)
+        save_adapter(out, config, saved.tensors, saved.encoder)
+        return f"{out}: {config.peft_type} as PEFT reads it"
     if to == "prompt_tuning":
         fold_task(prompt, out, task)
         return f"{out}: PROMPT_TUNING" + (f" for task {task}" if task else "")
@@ -240,8 +243,7 @@ def convert_prompt(prompt: Path, to: str, out: Path, model: str | None, task: st
         kv.save(out)
         return f"{out}: keys and values of {kv.length} virtual tokens for {len(kv.layers)} layers"
     config = _prefix_config(prompt, kv)
-    flat = twice(kv.flat(), len(kv.layers)) if config.paired else kv.flat()
-    save_adapter(out, config.as_saved(), {"prompt_embeddings": flat})
+    save_adapter(out, config.as_saved(), {"prompt_embeddings": as_checkpoint(kv.flat(), config)})
     return f"{out}: PREFIX_TUNING with {kv.length} virtual tokens"
 
 
@@ -271,7 +273,7 @@ def _prefix_config(prompt: Path, kv: KV) -> PrefixTuningConfig:
     if kv.cross or kv.encoder:
         raise UnsupportedError(f"{prompt} has prefixes of several attentions, which PREFIX_TUNING of a decoder has not")
     shapes = [[key.shape[1], key.shape[3], value.shape[3]] for key, value in kv.layers]
-    heads, size, _ = shapes[0]
+    heads, size = widest_shape(shapes) or (shapes[0][0], shapes[0][1])
     saved = None if prompt.is_file() else load_adapter(prompt).config
     paired = isinstance(saved, KVConfig) and saved.paired
     return PrefixTuningConfig(

@@ -20,11 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt import transformers_api as api
 from softprompt.cloze.verbalizer import Verbalizer, WordTable
 from softprompt.data.cloze import ClozeExample
-from softprompt.elsewhere import own_class, place_of
+from softprompt.elsewhere import batch_on, own_class, place_of
 from softprompt.errors import ConfigError, DataError, UnsupportedError
 from softprompt.recipe import ANSWER_LOSSES, WORD_SCORES
 from softprompt.template import Answer, Template, TemplateRow, collate_rows, encode_rows
 from softprompt.template.encode import sentinel_id
+from softprompt.vocabulary import check_tokens
 
 CHUNK = 64  # sequences per forward pass
 
@@ -137,6 +138,7 @@ class Cloze:
         logs = torch.cat([self._token_logs(model, rows, sequences[start : start + CHUNK])
                           for start in range(0, len(sequences), CHUNK)])  # fmt: skip
         width = logs.shape[1]
+        check_tokens([token for word in ids for token in word], logs.shape[2], self.tokenizer)
         index = torch.tensor([[*word, *[0] * (width - len(word))] for word in ids], device=logs.device)
         there = torch.tensor([[place < len(word) for place in range(width)] for word in ids], device=logs.device)
         picked = logs[torch.tensor(host, device=logs.device)[:, None], torch.arange(width, device=logs.device), index]
@@ -169,7 +171,7 @@ class Cloze:
         batch = self._batch(rows, sequences)
         device = place_of(model)
         start = batch.pop("answer_position").to(device)
-        logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
+        logits = model(**batch_on(model, batch)).logits
         columns = (start[:, None] + torch.arange(self.words.longest, device=device)).clamp(max=logits.shape[1] - 1)
         rows_index = torch.arange(len(sequences), device=device)[:, None]
         return logits[rows_index, columns].float().log_softmax(-1)

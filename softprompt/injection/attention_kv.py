@@ -38,7 +38,7 @@ class AttentionWay(Way):
         self.encoder_decoder = is_encoder_decoder(base)
         self.text = text_decoder(base)
         self.takes_positions = api.takes(self.text.forward, "position_ids")
-        self._chunked = False
+        self._chunked = self._tempered = False
         self._configs = api.configs_of(base)
         self._checkpointed = [each for each in base.modules() if api.can_checkpoint(each)]
 
@@ -46,6 +46,7 @@ class AttentionWay(Way):
         """Take in which modules attend, and where T5-like ones find their position table (one for a whole stack)."""
         super().bind(own, cross, encoder)
         self._chunked = any(api.chunk_of(module) for module in own)
+        self._tempered = any(api.tempers(module) for module in own)
         if not any(self.modules):
             self._configs = []  # code that asks for its backend by name, as Falcon's does, is left alone
         for stack in (own, encoder):
@@ -149,8 +150,7 @@ class AttentionWay(Way):
     def _note_seen(self, scope: Scope) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             scope.begin()
-            seen = api.seen_tokens(Call.to(module, args, kwargs).cache)
-            scope.seen = seen.clone() if isinstance(seen, Tensor) else seen  # a static cache counts in place
+            scope.see(api.seen_tokens(Call.to(module, args, kwargs).cache))
 
         return hook
 
@@ -188,6 +188,7 @@ class AttentionWay(Way):
 
     def _shifted(self, scope: Scope, call: Call) -> Call:
         """The call with the positions of its tokens."""
+        self.check_holes(call, scope.generating)
         rows, given, offset = call.rows, call.positions, self.limits.position_offset
         if scope.generating and offset:
             given = None  # counted from 0 there, which such a model's own positions are not
@@ -208,6 +209,8 @@ class AttentionWay(Way):
         if not torch.compiler.is_compiling():  # (compiled code reads a table with checks of its own)
             self.check_room(positions, longest)
         scope.begin(positions if positions.ndim < 3 else positions[0], None if longest is None else longest - 1)
+        if self._tempered:
+            scope.see(api.seen_tokens(call.cache))
         return call.but(positions=positions + offset if offset else positions)
 
 

@@ -130,6 +130,7 @@ class CacheWay(Way):
 
     def _placed(self, scope: Scope, call: Call) -> Call:
         """The call as it is while the scope is open."""
+        self.check_holes(call, scope.generating)
         own, prefix, mask, rows = self._own_cache(call), scope.prefix, call.mask, call.rows
         offset = self.limits.position_offset
         if call.packed and not call.continues:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,10 +28,15 @@ Modules = tuple[list[nn.Module], list[nn.Module], list[nn.Module]]
 @dataclass(frozen=True)
 class Limits:
     """How far a model's positions go: `position_offset` is what is added to one before the model is given it, `room`
-    how many tokens there are positions for, where they end with a table that would be read beyond its end."""
+    how many tokens there are positions for, where they end with a table that would be read beyond its end.
+
+    `reach` is from how many columns on a row's masks or scores depend on columns, which padding between its tokens
+    moves: a window, a chunk, or 1 with ALiBi that is counted by columns.
+    """
 
     position_offset: int = 0
     room: int | None = None
+    reach: int | None = None
 
 
 class Way(ABC):
@@ -88,6 +94,25 @@ class Way(ABC):
             raise ConfigError(
                 f"{last} tokens, the virtual ones included, do not fit into this model's {self.limits.room} positions; "
                 "shorten the text or use fewer virtual tokens."
+            )
+
+    def check_holes(self, call: Call, generating: bool) -> None:
+        """ConfigError for padding between a row's tokens where distances are counted by columns.
+
+        A step of `generate` adds one token to rows that its first call has shown.
+        """
+        mask, reach = call.flat_mask, self.limits.reach
+        if mask is None or reach is None or mask.shape[1] <= reach or torch.compiler.is_compiling():
+            return
+        if generating and call.rows.shape[1] == 1:
+            return
+        real = mask != 0
+        begins = (real[:, 1:] & ~real[:, :-1]).sum(dim=1) + real[:, 0]
+        if bool((begins > 1).any()):
+            raise ConfigError(
+                f"attention_mask hides tokens between the real ones of row {int(begins.argmax())}, but "
+                f"{type(self.base).__name__} counts how far tokens are apart by columns; leave these tokens out and "
+                "pad all rows on one side."
             )
 
     def fits(self, known: int | None) -> bool:

@@ -228,10 +228,15 @@ def _reordered(call: Call, order: Tensor) -> Call:
         ids=None if call.ids is None else take(call.ids, order, 1),
         vectors=None if call.vectors is None else take(call.vectors, order, 1),
         mask=mask,
-        positions=take(call.positions, order, 1) if _per_token(call.positions, width) else call.positions,
-        labels=take(call.labels, order, 1) if _per_token(call.labels, width) else call.labels,
+        positions=_in_order(call.positions, order),
+        labels=_in_order(call.labels, order),
     )
-    return result.plus(**{TYPES: take(types, order, 1)}) if _per_token(types, width) else result
+    return result if types is None else result.plus(**{TYPES: _in_order(types, order)})
+
+
+def _in_order(value: Any, order: Tensor) -> Any:
+    """A per-token input in its new order; anything else as it is."""
+    return take(value, order, 1) if _per_token(value, order.shape[1]) else value
 
 
 def _follow(columns: Tensor, place_of: Tensor) -> Tensor:

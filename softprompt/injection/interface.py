@@ -121,8 +121,11 @@ def _served(backend: str, device: torch.device | str) -> str:
 
 
 def _mask_for(backend: str) -> Callable[..., Any]:
-    """What makes masks for a backend. Layers that share keys may get the last queries alone, which only a mask can tell;
-    chunks begin where true positions say, behind the prefix."""
+    """What makes masks for a backend.
+
+    Layers that share keys may get the last queries alone, which only a mask can tell; chunks begin where true positions
+    say, behind the prefix.
+    """
 
     def mask(*args: Any, **options: Any) -> Any:
         scope = current()
@@ -151,6 +154,8 @@ def _attention_through(backend: str) -> Callable[..., Any]:
         asked = api.Asked(module, kwargs)
         if scope.recording is not None:
             scope.recording.add(module, query, key, value, asked.window)
+        if scope.positions is not None and api.tempers(module):
+            query = api.tempered(module, query, scope.positions.to(query.device), scope.seen)
         pair = scope.pair(module)
         if pair is None:
             return plain(module, query, key, value, mask, **kwargs)

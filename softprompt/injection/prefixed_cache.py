@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softprompt.injection.lengths import padded
-from softprompt.injection.scope import Recording
 from softprompt import transformers_api as api
 from softprompt.errors import UnsupportedError
+from softprompt.injection.lengths import padded
+from softprompt.injection.scope import Recording
 from softprompt.prompt import KV, spread
 
 

@@ -59,9 +59,9 @@ class Scope:
 
     `pairs` has the prefixes of each attention layer that gets any: one, or one for each time that a model runs it, in
     turn (`runs` counts). `positions` are the true positions of the current queries, `[B|1, T]`, none of them greater
-    than `last` where that is known; `seen` is how many tokens an encoder-decoder's cache holds. `before` and `after`
-    are what happens at a module's calls, as torch's hooks with keyword arguments; `cache` is the cache way's stand-in.
-    `apart` are the modules that no `outer` scope acts at.
+    than `last` where that is known; `seen` is how many tokens the cache holds, where layers count by that. `before`
+    and `after` are what happens at a module's calls, as torch's hooks with keyword arguments; `cache` is the cache
+    way's stand-in. `apart` are the modules that no `outer` scope acts at.
     """
 
     prefix: KV | None = None
@@ -98,6 +98,10 @@ class Scope:
         self.positions, self.last = positions, last
         self._masks.clear()
         self._far.clear()
+
+    def see(self, seen: Any) -> None:
+        """A cache holds so many tokens. (A static one counts in place.)"""
+        self.seen = seen.clone() if isinstance(seen, Tensor) else seen
 
     @property
     def longest(self) -> int:

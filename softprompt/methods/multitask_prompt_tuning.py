@@ -16,8 +16,8 @@ from torch.nn.functional import embedding
 
 from softprompt.config import EmbeddingConfig, PromptConfig, TaskType, parse_enum
 from softprompt.errors import CheckpointError, ConfigError, UnsupportedError
-from softprompt.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from softprompt.facts import Facts
+from softprompt.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from softprompt.prompt import EmbeddingPrompt, Embeddings, need_count
 
 
@@ -172,9 +172,7 @@ class MultitaskPromptEmbedding(EmbeddingPrompt):
         PEFT by default (`num_transformer_submodules=2`) has n more virtual tokens, which its `forward` puts before the
         decoder's input and its `generate` leaves out. Asked for, or found in a checkpoint, they stand there in both.
         """
-        return super().fill(
-            replace(config, num_transformer_submodules=config.num_transformer_submodules or 1), facts
-        )
+        return super().fill(replace(config, num_transformer_submodules=config.num_transformer_submodules or 1), facts)
 
     @torch.no_grad()
     def _start_from_source(self, config: MultitaskPromptTuningConfig) -> None:

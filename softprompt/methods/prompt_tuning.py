@@ -19,6 +19,7 @@ from softprompt.config import EmbeddingConfig, parse_enum
 from softprompt.elsewhere import embed_words
 from softprompt.errors import ConfigError
 from softprompt.prompt import EmbeddingPrompt, need_count
+from softprompt.vocabulary import check_ids
 
 
 class PromptTuningInit(str, Enum):
@@ -123,14 +124,19 @@ def initial_rows(config: PromptTuningConfig, word_embeddings: nn.Module) -> Tens
     if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
         return embed(torch.randint(weight.shape[0], (count,)))
     tokenizer = _tokenizer(config)
+
+    def embed_text(ids: list[int]) -> Tensor:
+        check_ids(word_embeddings, ids, tokenizer)
+        return embed(ids)
+
     if config.prompt_tuning_init is PromptTuningInit.TEXT:
         ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
         if not ids:
             raise ConfigError(
                 f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens; give another."
             )
-        return embed((ids * math.ceil(count / len(ids)))[:count])
-    means = [embed(ids).mean(0) for ids in _label_ids(config, tokenizer)]
+        return embed_text((ids * math.ceil(count / len(ids)))[:count])
+    means = [embed_text(ids).mean(0) for ids in _label_ids(config, tokenizer)]
     common = common_tokens(tokenizer, min(config.common_vocab_size, weight.shape[0]))
     rest = embed(_drawn([token for token in common if token < weight.shape[0]], count - len(means)))
     return torch.cat([torch.stack(means), rest]) if means else rest

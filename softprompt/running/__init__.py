@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt import transformers_api as api
-from softprompt.join import Mixed
 from softprompt.call import Call, check_rows, check_written
 from softprompt.config import Placement
 from softprompt.errors import ConfigError, UnsupportedError
@@ -25,6 +24,7 @@ from softprompt.injection.contract import Way
 from softprompt.injection.encoder_decoder import check_decoding, cut, open_encoder
 from softprompt.injection.input_vectors import embed, fill_slots, place, take
 from softprompt.injection.lengths import own_lengths, padded
+from softprompt.join import Mixed
 from softprompt.prompt import KV, Embeddings, spread
 from softprompt.running.context_loss import forward_with_context
 from softprompt.running.first_loss import with_first_loss, without_first
@@ -74,7 +74,7 @@ class Run:
             what = "causal" if not self.facts.causal else "made of attention alone"
             raise UnsupportedError(
                 f"{type(self.base).__name__} is not {what}, so an embedding prompt cannot be folded into keys and "
-                "values; train prefix_tuning instead."
+                f"values; {'use it as it is' if self.facts.no_prefix else 'train prefix_tuning instead'}."
             )
         if self.placement is not Placement.FRONT:
             raise UnsupportedError(
@@ -132,9 +132,18 @@ class Run:
         return folded if isinstance(folded, Folded) else Folded(self.as_kv())
 
     def _no_media(self) -> UnsupportedError:
+        """Why images and the like cannot come along, with a remedy that is not what is used already."""
+        kind = type(self.base).__name__
+        if self.vectors is None:
+            return UnsupportedError(
+                f"{kind} is not causal, so rows behind a prefix are rearranged, which images or other media in them "
+                "cannot follow; use a causal model."
+            )
+        remedies = ["placement='front'"] if self.facts.foldable else []
+        remedies += [] if self.facts.no_prefix or not self.facts.causal else ["prefix_tuning"]
         return UnsupportedError(
-            f"this prompt stands inside the rows of {type(self.base).__name__}, which cannot have images or other "
-            "media there; use a model of attention alone with placement='front', or prefix_tuning."
+            f"this prompt stands inside the rows of {kind}, which cannot have images or other media there; use "
+            f"{' or '.join(remedies) or 'a causal model of attention alone'}."
         )
 
     def _forward_rows(self, call: Call) -> Any:

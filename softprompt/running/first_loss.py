@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from softprompt.fold import Folded
 from softprompt.call import Call
+from softprompt.fold import Folded
 from softprompt.prompt import spread
 
 IGNORED = -100

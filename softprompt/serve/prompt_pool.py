@@ -9,11 +9,11 @@ from torch import Tensor
 
 from softprompt.batch.find import placement_of
 from softprompt.config import Placement
-from softprompt.injection.contract import Way
 from softprompt.elsewhere import at_hand, word_table
 from softprompt.errors import UnsupportedError
-from softprompt.fold import fold
 from softprompt.facts import Facts
+from softprompt.fold import fold
+from softprompt.injection.contract import Way
 from softprompt.prompt import KV, Embeddings
 from softprompt.serve.version import Version
 from softprompt.store import PromptStore

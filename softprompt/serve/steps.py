@@ -9,9 +9,9 @@ from transformers import Cache, DynamicCache
 
 from softprompt.batch import check_slots
 from softprompt.call import Call
-from softprompt.injection.contract import Way
 from softprompt.elsewhere import at_hand
 from softprompt.facts import Facts
+from softprompt.injection.contract import Way
 from softprompt.prompt import KV, Embeddings
 from softprompt.running import Run
 from softprompt.serve.prompt_pool import PromptPool

@@ -129,9 +129,7 @@ class PromptStore:
 
     # ---- prompts -------------------------------------------------------------------------------------------------
 
-    def load(
-        self, names: Iterable[str], facts: Facts
-    ) -> tuple[dict[str, LoadedPrompt], dict[str, SoftPromptError]]:
+    def load(self, names: Iterable[str], facts: Facts) -> tuple[dict[str, LoadedPrompt], dict[str, SoftPromptError]]:
         """The prompts of these names for a base model of this facts, and why the others could not be loaded."""
         with self._lock:
             loader = self._loaders.setdefault(facts, Loader(facts, self.mapped))

@@ -22,10 +22,10 @@ from softprompt.checkpoint.promise import Alike, Promise
 from softprompt.checkpoint.undrawn import Undrawn
 from softprompt.config import KVConfig, PromptConfig
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.fitting import fitted, method_of
 from softprompt.facts import Facts
+from softprompt.fitting import fitted, method_of
 from softprompt.heads import with_default_heads
-from softprompt.pairs import dealt
+from softprompt.pairs import from_checkpoint
 from softprompt.prompt import KV, Embeddings, SoftPrompt
 
 KEPT_BYTES = 1 << 20  # a larger module is made for each adapter anew: making it costs little beside filling it
@@ -150,9 +150,7 @@ def _as_saved(config: PromptConfig, tensors: Mapping[str, Tensor]) -> tuple[Embe
     """The prompt of a method whose table is the prompt, views of the table where that is in float32, and its bytes."""
     table = tensors["prompt_embeddings"].float()
     if isinstance(config, KVConfig):
-        if config.paired:
-            layers = config.num_layers or 1
-            table = dealt(table, layers, config.prefix_width // layers)
+        table = from_checkpoint(table, config)
         found = KV.from_flat(table, config)
     else:
         found = Embeddings(table[None, : config.num_virtual_tokens])

@@ -23,6 +23,7 @@ from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.facts import Facts, record
 from softprompt.injection.contract import Way
 from softprompt.model import SoftPromptModel
+from softprompt.pairs import narrowed, widened
 from softprompt.prompt import KV, evaluating
 
 PROBE_TOKENS = 4
@@ -209,7 +210,9 @@ def compose_cartridge_adapters(
     flats = [each.tensors["prompt_embeddings"] for each in saved]
     if rerotate:
         base = _base_of(config) if model is None else model
-        flats = [compose_prefixes(base, [KV.from_flat(flat.float(), config) for flat in flats]).flat()]
+        own = [narrowed(flat, config) if config.padded else flat for flat in flats]
+        flat = compose_prefixes(base, [KV.from_flat(each.float(), config) for each in own]).flat()
+        flats = [widened(flat, config) if config.padded else flat]
     joined = torch.cat(flats)
     config = replace(config, num_virtual_tokens=len(joined))
     checkpoint.save_adapter(Path(output_path), config, {"prompt_embeddings": joined})

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from softprompt.data import EncodedLabel, collate
-from softprompt.elsewhere import place_of
+from softprompt.elsewhere import batch_on
 from softprompt.model import SoftPromptModel
 from softprompt.prompt import evaluating
 from softprompt.recipe import Recipe
@@ -102,8 +102,7 @@ def _seen(
             for begin in range(0, len(rows), batch_size):
                 batch = collate(rows[begin : begin + batch_size], pad_id)
                 del batch["labels"]
-                moved = {name: value.to(place_of(model)) for name, value in batch.items()}
-                parts.append(model(**moved).logits.cpu().double())
+                parts.append(model(**batch_on(model, batch)).logits.cpu().double())
     finally:
         hook.remove()
     return torch.cat(parts)

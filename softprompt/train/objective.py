@@ -16,7 +16,7 @@ from softprompt.cloze import Cloze
 from softprompt.data import IGNORED, Example, LabelledExample, collate, encode_labels
 from softprompt.data.cloze import ClozeExample, as_text
 from softprompt.data.examples import without_slots as bare_example
-from softprompt.elsewhere import place_of
+from softprompt.elsewhere import batch_on, place_of
 from softprompt.evaluate import (
     evaluate_accuracy,
     evaluate_cloze,
@@ -73,11 +73,6 @@ def own_loss(model: SoftPromptModel, batch: Mapping[str, Tensor]) -> tuple[Tenso
     return model(**batch).loss, {}
 
 
-def _on(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    device = place_of(model)
-    return {name: value.to(device) for name, value in batch.items()}
-
-
 @final
 @dataclass(frozen=True)
 class TextObjective(Objective):
@@ -94,7 +89,7 @@ class TextObjective(Objective):
         return None if self.task_names else "tokens"
 
     def loss(self, model: SoftPromptModel, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
-        return self.function(model, _on(model, collate(rows, pad_id(self.tokenizer))))
+        return self.function(model, batch_on(model, collate(rows, pad_id(self.tokenizer))))
 
     def counted(self, rows: Sequence[Any]) -> int:
         return sum(self.answers_in_prompt + sum(label != IGNORED for label in row.labels) for row in rows)
@@ -130,7 +125,7 @@ class LabelObjective(Objective):
         return "rows"
 
     def loss(self, model: SoftPromptModel, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
-        return own_loss(model, _on(model, collate(rows, pad_id(self.tokenizer))))
+        return own_loss(model, batch_on(model, collate(rows, pad_id(self.tokenizer))))
 
     def counted(self, rows: Sequence[Any]) -> int:
         return len(rows)

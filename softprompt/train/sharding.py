@@ -22,9 +22,9 @@ from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.fold_cache import FoldCache
 from softprompt.loading import pick_device
 from softprompt.model import SoftPromptModel
-from softprompt.transformers_api import GradientCheckpointingLayer
 from softprompt.prompt import evaluating
 from softprompt.recipe import Recipe
+from softprompt.transformers_api import GradientCheckpointingLayer
 
 # What accelerate's launcher may say about FSDP, what of it holds here, and what to launch with instead.
 _OF_LAUNCHER = {
