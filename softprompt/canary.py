@@ -19,11 +19,7 @@ from transformers import PreTrainedModel
 
 from softprompt import transformers_api as api
 from softprompt.call import Call
-<<<<<<< HEAD
-from softprompt.elsewhere import at_hand, embed_words, word_table
-=======
 from softprompt.elsewhere import at_hand, embed_words, word_table, words_of
->>>>>>> main
 from softprompt.errors import SoftPromptError
 from softprompt.facts import FIRST as LENGTH
 from softprompt.facts import Facts, plain_ids, record

@@ -36,12 +36,8 @@ def _cache_to_kv(cache: Any, count: int) -> KV:
     cache = getattr(cache, "self_attention_cache", cache)  # a decoder's, where there is an encoder
     layers = getattr(cache, "layers", None)
     if layers is not None:
-<<<<<<< HEAD
-        pairs = [_first_tokens(layer, api.seen_tokens(cache, number)) for number, layer in enumerate(layers)]
-=======
         _warn_of_states(layers)
         pairs = [pair for number, layer in enumerate(layers) if (pair := _first_tokens(layer, number)) is not None]
->>>>>>> main
     elif isinstance(cache, list | tuple):
         pairs = [_pair(layer, number) for number, layer in enumerate(cache)]
     else:
@@ -77,15 +73,15 @@ def _first_tokens(layer: Any, number: int) -> tuple[Tensor, Tensor] | None:
 
     A static cache is longer than that, and a sliding one may be shorter.
     """
-    if getattr(layer, "_quantized_keys", None) is not None:
+    if api.rounds_keys(layer):
         raise ConfigError(
             f"layer {number} of past_key_values is a {type(layer).__name__}, whose numbers are rounded; run the model "
             "with a DynamicCache, or start from the text."
         )
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    keys, values = api.cached_layer(layer)
     if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or keys.numel() == 0:
         return None
-    seen = int(layer.get_seq_length())
+    seen = int(api.tokens_of_layer(layer))
     if keys.shape[2] < seen:
         raise ConfigError(
             f"past_key_values holds the last {keys.shape[2]} of {seen} tokens in a layer with a sliding window, "
@@ -95,9 +91,7 @@ def _first_tokens(layer: Any, number: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _warn_of_states(layers: Any) -> None:
-    from transformers.cache_utils import LinearAttentionCacheLayerMixin
-
-    count = sum(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    count = sum(api.layer_keeps_state(layer) for layer in layers)
     if count:
         warnings.warn(
             f"{count} layers of this cache keep a state, which a prefix cannot hold: with the prefix they begin "

@@ -178,12 +178,7 @@ def _is_encoder_decoder(path: str) -> bool:
 
 def language_model_class(path: str) -> Any:
     """The auto class of the language model that a config describes, by the architecture it was saved with."""
-<<<<<<< HEAD
-    from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
-=======
     from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
->>>>>>> main
 
     config = AutoConfig.from_pretrained(path)
     if config.is_encoder_decoder:

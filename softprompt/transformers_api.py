@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -103,15 +103,15 @@ def with_cache(output: Any, cache: Any) -> dict[str, Any]:
     return fields | {name: cache for name in CACHE_NAMES if name in fields}
 
 
-def seen_tokens(cache: Any, layer: int = 0) -> Any:
-    """How many tokens a layer of a cache has seen, 0 without one; a static cache's count is a tensor on its device.
+def seen_tokens(cache: Any) -> Any:
+    """How many tokens a cache has seen, 0 without one; a static cache's count is a tensor on its device.
 
     A cache of nothing but states of recurrent layers counts no tokens: 1 where it has seen any.
     """
     if cache is None:
         return 0
     try:
-        return cache.get_seq_length(layer)
+        return cache.get_seq_length()
     except ValueError:  # no attention layer in it
         return int(cache.has_previous_state())
 
@@ -129,6 +129,21 @@ def new_cache(config: PreTrainedConfig) -> DynamicCache:
 def cached_layer(layer: Any) -> tuple[Any, Any]:
     """Keys and values of a cache's layer, or None twice: before its first use, or where it has a state instead."""
     return getattr(layer, "keys", None), getattr(layer, "values", None)
+
+
+def tokens_of_layer(layer: Any) -> Any:
+    """How many tokens a cache's layer has seen."""
+    return layer.get_seq_length()
+
+
+def rounds_keys(layer: Any) -> bool:
+    """Whether a cache's layer keeps its keys in fewer bits."""
+    return getattr(layer, "_quantized_keys", None) is not None
+
+
+def layer_keeps_state(layer: Any) -> bool:
+    """Whether a cache's layer keeps the state of a recurrent layer."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ OTHERS_OWN = "serve/vllm"  # vLLM has an environment and a seam of its own
 NAMES = frozenset({
     # the cache
     "past_key_values", "past_key_value", "cache_params", "layer_past", "get_mask_sizes", "get_query_offset",
-    "get_seq_length", "has_previous_state", "lazy_initialization",
+    "get_seq_length", "has_previous_state", "lazy_initialization", "_quantized_keys",
     # attention
     "_global_mapping", "get_interface", "ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "AttentionInterface",
     "AttentionMaskInterface", "_attn_implementation", "_attn_implementation_internal", "eager_attention_forward",
