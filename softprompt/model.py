@@ -266,6 +266,9 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         inputs = {name: value for name, value in given.items() if value is not None} | kwargs
         as_tuple = not (self.base_model.config.return_dict if return_dict is None else return_dict)
         call = Call.of(inputs).plus(return_dict=True)
+        if call.labels_tokens and self.heads.differ:  # tried once with two tokens, which no rows' heads take
+            with self._calling([BASE]):
+                _ = self.facts.divides_loss
         with at_hand(self.base_model), self._calling(adapter_names) as names:
             run = None
             if names is not None:

@@ -156,7 +156,7 @@ class PromptEnsemble:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        if not self.model._enabled:
+        if not self.model.enabled:
             raise ConfigError("the model's adapters are disabled; ask the ensemble outside disable_adapter().")
         with evaluating(self.model):
             yield
