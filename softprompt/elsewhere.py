@@ -76,8 +76,8 @@ def words_of(base: Any) -> Any:
     words = base.get_input_embeddings()
     if not base.config.is_encoder_decoder or not hasattr(base, "get_encoder"):
         return words
-    inner = base.get_encoder()
-    own = inner.get_input_embeddings() if isinstance(inner, nn.Module) and inner is not base else words
+    inner: Any = base.get_encoder()
+    own = words if inner is base else inner.get_input_embeddings()
     same = isinstance(own, nn.Embedding) and tuple(own.weight.shape) == tuple(words.weight.shape)
     return own if same else words
 
