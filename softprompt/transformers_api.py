@@ -437,6 +437,16 @@ def initialize(model: PreTrainedModel, part: nn.Module) -> None:
     model._init_weights(part)
 
 
+def generates_from_vectors(base: PreTrainedModel) -> bool:
+    """Whether a model's `generate` begins with vectors in place of ids: transformers looks for the name."""
+    return takes(base.prepare_inputs_for_generation, "inputs_embeds")
+
+
+def set_preparation(base: PreTrainedModel, prepare: Callable[..., Any]) -> None:
+    """What makes a call's arguments of what `generate` has."""
+    base.prepare_inputs_for_generation = prepare
+
+
 # ---- what training loops ask ---------------------------------------------------------------------------------------
 
 
