@@ -148,6 +148,10 @@ class _Trial:
         self.base = self.way.base
         reach = facts.reach
         self.long = LONG if reach is None or reach > far else max(LONG, reach + 1)
+        if far and reach is None:  # or it is not known to be one
+            self.long = max([self.long, *(size + 1 for size in api.possible_reaches(self.base) if size <= far)])
+            if facts.context is not None:
+                self.long = max(LONG, min(self.long, facts.context - LENGTH - 1))
         self.passes = reach is not None and self.long > reach
         self.short = self.long - (LONG - SHORT)
         ids = plain_ids(self.base, LENGTH + self.long + 1)

@@ -103,7 +103,7 @@ def word_table(base: Any) -> Tensor:
     words: Any = words_of(base)
     weight = words.weight
     assert isinstance(weight, Tensor)
-    if not weight.is_meta and not (sharded(base) and _is_part(weight)):
+    if not weight.is_meta and not (sharded(base) and api.is_shard(weight)):
         return weight
     stand_in = torch.full((1, 1), torch.nan, dtype=weight.dtype, device=place_of(words))
     return stand_in.expand(weight.shape)
@@ -118,7 +118,7 @@ def embed_words(words: nn.Module, ids: Sequence[int] | Tensor) -> Tensor:
     check_ids(words, ids)
     weight = next(words.parameters())
     index = torch.as_tensor(ids, device=place_of(words))
-    if not _is_part(weight):
+    if not api.is_shard(weight):
         return words(index)
     whole: Any = weight
     return torch.func.functional_call(words, {"weight": whole.full_tensor()}, (index,))
@@ -128,14 +128,6 @@ def all_words(base: Any) -> Tensor:
     """What the input embeddings give for every token, `[V, d]`, a copy on the CPU. As for `embed_words`."""
     words: Any = words_of(base)
     return embed_words(words, torch.arange(words.weight.shape[0])).to("cpu", copy=True)
-
-
-def _is_part(weight: Tensor) -> bool:
-    if type(weight) is nn.Parameter:
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(weight, DTensor)
 
 
 def watched(module: nn.Module, tensors: list[Tensor]) -> list[Tensor]:
@@ -150,10 +142,8 @@ def copied(module: nn.Module) -> nn.Module:
     hooks = {part: hook for part in module.modules() if (hook := loader_of(part)) is not None}
     if not any(parameter.is_meta for parameter in module.parameters()):
         return copy.deepcopy(module)
-    from accelerate.hooks import remove_hook_from_module
-
     kept: dict[int, Any] = {id(api.hook_of(part)): api.hook_of(part) for part in hooks}  # these are not copied
-    other = remove_hook_from_module(copy.deepcopy(module, kept), recurse=True)
+    other = api.without_hooks(copy.deepcopy(module, kept), recurse=True)
     for part, new in zip(module.modules(), other.modules(), strict=True):
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -259,10 +249,8 @@ def _gathered(base: Any) -> Iterator[None]:
 
     FSDP gathers them for a call of the whole model only, and we also call parts of it.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     words = base.get_input_embeddings().weight
-    if not isinstance(base, FSDPModule) or not _is_part(words):
+    if base not in api.sharded_parts(base)[:1] or not api.is_shard(words):
         yield  # sharded in another way, or whole already
         return
     base.unshard()
@@ -279,11 +267,9 @@ def gather_for(base: nn.Module, modules: Sequence[nn.Module], pairs: Sequence[tu
     """
     if not sharded(base) or not torch.is_grad_enabled():
         return
-    from torch.distributed.fsdp import FSDPModule
-
-    layers: dict[nn.Module, FSDPModule] = {}
-    for layer in base.modules():
-        if isinstance(layer, FSDPModule) and layer is not base:
+    layers: dict[nn.Module, Any] = {}
+    for layer in api.sharded_parts(base):
+        if layer is not base:
             layers |= dict.fromkeys(layer.modules(), layer)
     for module, pair in zip(modules, pairs, strict=True):
         for part in pair:

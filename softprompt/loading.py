@@ -151,13 +151,11 @@ def _draw_heads(model: PreTrainedModel, random: torch.Tensor) -> None:
     lost = [part for part in model.modules() if part is not model and part not in body and _lost(part)]
     if not lost:
         return
-    from accelerate.hooks import remove_hook_from_module
-
     torch.set_rng_state(random)
     for part in lost:
         place = place_of(part)
         loader_of(part).original_devices.clear()  # nothing is to be put back there
-        remove_hook_from_module(part)
+        api.without_hooks(part)
         part.to_empty(device=place, recurse=False)
         api.initialize(model, part)
 
@@ -181,13 +179,12 @@ def _is_encoder_decoder(path: str) -> bool:
 def language_model_class(path: str) -> Any:
     """The auto class of the language model that a config describes, by the architecture it was saved with."""
     from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
     config = AutoConfig.from_pretrained(path)
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
     saved = (config.architectures or [""])[0]
-    causal = saved.endswith(("ForCausalLM", "LMHeadModel")) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    causal = saved.endswith(("ForCausalLM", "LMHeadModel")) or not api.is_masked_config(config)
     return AutoModelForCausalLM if causal else AutoModelForMaskedLM
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -32,7 +33,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from softprompt.errors import ConfigError, UnsupportedError
 
-__all__ = ["CacheLayerMixin", "GradientCheckpointingLayer", "ModelOutput", "PushToHubMixin"]
+__all__ = ["CacheLayerMixin", "GradientCheckpointingLayer", "ModelOutput", "PushToHubMixin", "TorchDispatchMode"]
 
 # ---- signatures ----------------------------------------------------------------------------------------------------
 
@@ -102,15 +103,15 @@ def with_cache(output: Any, cache: Any) -> dict[str, Any]:
     return fields | {name: cache for name in CACHE_NAMES if name in fields}
 
 
-def seen_tokens(cache: Any) -> Any:
-    """How many tokens a cache has seen, 0 without one; a static cache's count is a tensor on its device.
+def seen_tokens(cache: Any, layer: int = 0) -> Any:
+    """How many tokens a layer of a cache has seen, 0 without one; a static cache's count is a tensor on its device.
 
     A cache of nothing but states of recurrent layers counts no tokens: 1 where it has seen any.
     """
     if cache is None:
         return 0
     try:
-        return cache.get_seq_length()
+        return cache.get_seq_length(layer)
     except ValueError:  # no attention layer in it
         return int(cache.has_previous_state())
 
@@ -360,6 +361,16 @@ def number_of_layers(base: PreTrainedModel) -> int:
     return getattr(text_config(base), "num_hidden_layers", None) or 0
 
 
+def possible_reaches(base: PreTrainedModel) -> set[int]:
+    """The numbers in a model's config that may be how far its layers see, by what they are called."""
+    return {
+        value
+        for name, value in text_config(base).to_dict().items()
+        if type(value) is int and value > 0 and any(each in name for each in ("window", "chunk", "local"))
+        if not any(each in name for each in ("layer", "pattern", "expert"))
+    }
+
+
 def query_heads(base: PreTrainedModel) -> int:
     """How many query heads a model's config says that it has; 0 where it does not say."""
     heads = getattr(text_config(base), "num_attention_heads", None)
@@ -447,6 +458,34 @@ def set_preparation(base: PreTrainedModel, prepare: Callable[..., Any]) -> None:
     base.prepare_inputs_for_generation = prepare
 
 
+def is_masked_config(config: PreTrainedConfig) -> bool:
+    """Whether there is a masked language model for a config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def predicts_masks(name: str) -> bool:
+    """Whether a class of this name is a masked language model. (By name: the classes are imported for seconds.)"""
+    from transformers.models.auto import modeling_auto
+
+    return name in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+
+
+def predicts_next(name: str) -> bool:
+    """Whether a class of this name is a causal language model."""
+    from transformers.models.auto import modeling_auto
+
+    return name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def hub_file(path: str, name: str) -> str | None:
+    """Where a file of a model on the hub is on this machine."""
+    from transformers.utils.hub import cached_file
+
+    return cached_file(path, name)
+
+
 # ---- what training loops ask ---------------------------------------------------------------------------------------
 
 
@@ -476,6 +515,14 @@ def pop_fused_scores(model: nn.Module, keywords: dict[str, Any]) -> dict[str, An
     return options if asked is True else {**options, "wanted": tuple(asked)}
 
 
+def tracker(name: str) -> Callable[..., Any]:
+    """The class of Trainer's callback for a tracker: wandb, mlflow or tensorboard."""
+    from transformers.integrations import integration_utils
+
+    kinds = {"wandb": "WandbCallback", "mlflow": "MLflowCallback", "tensorboard": "TensorBoardCallback"}
+    return getattr(integration_utils, kinds[name])
+
+
 # ---- accelerate ----------------------------------------------------------------------------------------------------
 
 HOOK = "_hf_hook"
@@ -503,12 +550,35 @@ def loader_of(module: nn.Module) -> Any:
     return loads[0] if loads else None
 
 
+def without_hooks(module: nn.Module, recurse: bool = False) -> nn.Module:
+    """A module as it is without accelerate's hooks, which are taken away; with `recurse` those of its parts, too."""
+    from accelerate.hooks import remove_hook_from_module
+
+    return remove_hook_from_module(module, recurse=recurse)
+
+
 # ---- torch: sharding, kernels --------------------------------------------------------------------------------------
 
 
 def is_sharded(base: nn.Module) -> bool:
     """Whether other processes hold parts of this model: torch's own mark."""
     return base.__dict__.get("_is_fsdp_managed_module", False)
+
+
+def is_shard(weight: Tensor) -> bool:
+    """Whether a weight is this process's part of one that several processes hold."""
+    if type(weight) is nn.Parameter:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)
+
+
+def sharded_parts(base: nn.Module) -> list[Any]:
+    """The modules of a model whose weights FSDP2 gathers together, the model itself first where it is one."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in base.modules() if isinstance(module, FSDPModule)]
 
 
 Kernel = tuple[Any, Any]

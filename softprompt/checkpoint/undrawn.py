@@ -3,7 +3,8 @@
 from typing import Any, final
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from softprompt.transformers_api import TorchDispatchMode
 
 
 @final

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from softprompt import transformers_api as api
 from softprompt.cloze.verbalizer import Verbalizer, WordTable
 from softprompt.data.cloze import ClozeExample
 from softprompt.elsewhere import batch_on, own_class, place_of
@@ -46,14 +47,12 @@ class EncodedCloze:
 
 def answer_of(base: PreTrainedModel) -> Answer:
     """How this model gives an answer. UnsupportedError for one without a language model's head."""
-    from transformers.models.auto import modeling_auto as known  # by name: the classes are imported for seconds
-
     if base.config.is_encoder_decoder:
         return Answer.SENTINEL
     name = own_class(base).__name__
-    if name in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+    if api.predicts_masks(name):
         return Answer.MASK
-    if name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if api.predicts_next(name):
         return Answer.NEXT
     raise UnsupportedError(
         f"{type(base).__name__} predicts no words, so it cannot answer a cloze task; load a masked, causal or "

@@ -17,6 +17,7 @@ from softprompt.injection.contract import Way
 from softprompt.prompt import KV, evaluating
 from softprompt.running import Run
 from softprompt.store.loaded import LoadedPrompt
+from softprompt.transformers_api import hub_file
 
 _WEIGHTS = (".safetensors", ".bin")
 
@@ -192,14 +193,12 @@ def fingerprint_of(path: str) -> str:
     """What tells one base model from another without reading all of it: its place, its config, and of every file of
     weights the name, size and time of change. ConfigError for a model that is not on this machine.
     """
-    from transformers.utils.hub import cached_file
-
     from softprompt.loading import resolve_model
 
     folder = Path(resolve_model(path))
     try:
         if not folder.is_dir():
-            folder = Path(cached_file(path, "config.json") or "").parent  # of one commit, in the hub's cache
+            folder = Path(hub_file(path, "config.json") or "").parent  # of one commit, in the hub's cache
         seen = hashlib.sha256(str(folder.resolve()).encode("utf-8", "surrogateescape"))
         seen.update((folder / "config.json").read_bytes())
         for file in sorted(folder.iterdir()):

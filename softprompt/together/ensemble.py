@@ -15,6 +15,7 @@ from torch.nn import ModuleDict
 from torch.nn.functional import one_hot
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from softprompt import transformers_api as api
 from softprompt.batch import run_with
 from softprompt.call import Call
 from softprompt.config import EmbeddingConfig
@@ -99,7 +100,7 @@ class PromptEnsemble:
                 raise ConfigError(
                     f"{name}={value!r} is not for an ensemble, whose copies of a row go together; unset it."
                 )
-        for name in ("assistant_model", "past_key_values", "streamer"):
+        for name in ("assistant_model", *api.CACHE_NAMES, "streamer"):
             if options.get(name) is not None:
                 raise ConfigError(f"an ensemble takes no {name}; leave it out.")
 

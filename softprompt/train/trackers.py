@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, final
 from rich.console import Console
 from torch import nn
 
+from softprompt import transformers_api as api
 from softprompt.errors import ConfigError
 from softprompt.recipe import Recipe
 
@@ -138,16 +139,13 @@ class Trackers:
 
 
 def _callback(name: str, out: Path, step: int) -> Any:
-    from transformers.integrations.integration_utils import MLflowCallback, TensorBoardCallback, WandbCallback
-
-    if name != "tensorboard":
-        return WandbCallback() if name == "wandb" else MLflowCallback()
-    if os.environ.get("TENSORBOARD_LOGGING_DIR"):
-        return TensorBoardCallback()
+    made = api.tracker(name)
+    if name != "tensorboard" or os.environ.get("TENSORBOARD_LOGGING_DIR"):
+        return made()
     from torch.utils.tensorboard import SummaryWriter
 
     # a resumed run goes on in the same folder: what the killed one had told after its saved state is dropped
-    return TensorBoardCallback(SummaryWriter(str(out / EVENTS), purge_step=step + 1 if step else None))
+    return made(SummaryWriter(str(out / EVENTS), purge_step=step + 1 if step else None))
 
 
 @contextmanager
