@@ -240,23 +240,23 @@ def _causal(way: Way, ids: Tensor) -> tuple[Recording, bool, str]:
             return found, causal, f"gradient of the first state to the second token: {'' if causal else 'not '}0"
     found, _ = record(way, {"input_ids": ids})
     way.bind(found.modules, [], [])
-    _, hidden = record(way, {"input_ids": ids})
-    _, other = record(way, {"input_ids": ids[:, [0, 0]]})
-    causal = _same(hidden[0, 0], other[0, 0])
+    _, hidden = record(way, {"input_ids": torch.cat([ids, ids[:, [0, 0]]])})  # in one batch, which is rounded alike
+    causal = _same(hidden[0, 0], hidden[1, 0])
     return found, causal, f"first state with another second token: {'' if causal else 'not '}the same"
 
 
 def _by_gradient(hidden: Tensor, entered: list[Tensor]) -> bool | None:
     """Whether the first of two states `[1, 2, d]` is differentiable by its own token alone, of what `entered` the
-    model; None where it is by neither."""
+    model; None where the second is not by the first token, so that nothing follows: a layer may have no gradient."""
     if not hidden.requires_grad or len(entered) != 1 or entered[0].shape[:-1] != (1, 2):
         return None
     state = hidden[0, 0].float()
     along = torch.arange(len(state), device=state.device).mul(1.7).cos()  # no direction that a norm fixes
-    (gradient,) = torch.autograd.grad(state @ along, entered[0], allow_unused=True)
-    if gradient is None or not bool(gradient[0, 0].any()):
-        return None
-    return not bool(gradient[0, 1].any())
+    (gradient,) = torch.autograd.grad(state @ along, entered[0], allow_unused=True, retain_graph=True)
+    if gradient is not None and bool(gradient[0, 1].any()):
+        return False
+    (gradient,) = torch.autograd.grad(hidden[0, 1].float() @ along, entered[0], allow_unused=True)
+    return True if gradient is not None and bool(gradient[0, 0].any()) else None
 
 
 def _of_encoder_decoder(way: AttentionWay) -> Facts:

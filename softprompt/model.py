@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from softprompt import checkpoint
 from softprompt.base_model import BaseModel
-from softprompt.batch import run_for
+from softprompt.batch import bare_run, run_for
 from softprompt.batch.find import BASE, placement_of
 from softprompt.call import Call, check_count
 from softprompt.config import PromptConfig
@@ -264,6 +264,8 @@ class SoftPromptModel(PushToHubMixin, InLoops):
             if names is not None:
                 check_count(adapter_names, inputs)
                 run = run_for(self, names, task_ids, slots, call.labels_tokens)
+                if run is None and adapter_names is not None and call.labels_tokens:
+                    run = bare_run(self)
             if per_token:
                 return token_scores(self.base_model, run, call)
             output = self.base_model(**call.keywords(self.base_model)) if run is None else run.forward(call)
