@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from softprompt import checkpoint
 from softprompt.base_model import BaseModel
-from softprompt.batch import run_for
+from softprompt.batch import bare_run, run_for
 from softprompt.batch.find import BASE, placement_of
 from softprompt.call import Call, check_count
 from softprompt.config import PromptConfig
@@ -271,6 +271,8 @@ class SoftPromptModel(PushToHubMixin, InLoops):
             if names is not None:
                 check_count(adapter_names, inputs)
                 run = run_for(self, names, task_ids, slots, call.labels_tokens)
+                if run is None and adapter_names is not None and call.labels_tokens:
+                    run = bare_run(self)
             if per_token:
                 asked = per_token if isinstance(per_token, Asked) else Asked()
                 return token_scores(self.base_model, run, call, asked.wanted, asked.temperature)
