@@ -65,9 +65,9 @@ class Facts:
     encoder_layers: tuple[LayerShape, ...] = ()
     no_prefix: str = ""
     """Why keys and values cannot reach this model, if they cannot."""
-    loss: Callable[[], bool] = bool
-    vectors: Callable[[], str] = str
-    how: Mapping[str, str] = field(default_factory=dict)
+    loss: Callable[[], bool] = field(default=bool, compare=False)
+    vectors: Callable[[], str] = field(default=str, compare=False)
+    how: Mapping[str, str] = field(default_factory=dict, compare=False)
     """How each fact was found, by its name."""
 
     @cached_property
@@ -325,7 +325,9 @@ def _facts(way: Way, found: Recording, **facts: Any) -> Facts:
     said = api.context_length(base)
     context = fixed if said is None else said - offset
     sizes = [size for size in (*found.windows, *found.chunks, api.local_window(api.own(base))) if size]
-    way.limits = Limits(offset, context if table is not None else fixed, min(sizes, default=None))
+    way.limits = Limits(
+        offset, context if table is not None else fixed, min(sizes, default=None), learned=table is not None
+    )
     layers = zip(found.layers, found.windows, found.chunks, strict=True)
     return Facts(
         layers=tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3], window, chunk) for (k, v), window, chunk in layers),
