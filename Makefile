@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= passive
 # Without its own files of compiled code Python would compile torch and transformers again in every process.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup demo serve-demo test test-full lint types test-floor test-vllm bench bench-quality bench-serving docs readme support test-newest clean
+.PHONY: help setup demo serve-demo test test-full lint types test-floor test-newest test-vllm bench bench-quality bench-serving docs readme support clean
 
 help:
 	@echo "make demo        train a prefix on the embedded model, save, reload, generate, report (OUT=$(OUT))"
@@ -22,6 +22,7 @@ help:
 	@echo "make test        lint, types, the tests: of the large grids the cells that have every pair of values"
 	@echo "make test-full   lint, types, the tests with every cell of the grids"
 	@echo "make test-floor  the tests on the lowest supported versions, in their own environment"
+	@echo "make test-newest the tests that others' releases break first, on the newest versions that pyproject.toml allows"
 	@echo "make test-vllm   the tests of the vLLM engine, in their own environment"
 	@echo "make bench       the tables of speed and memory (SPEED=--quick: minutes; SPEED='--device cuda': on a GPU)"
 	@echo "make bench-quality  the tables of what the prompts learn: hours"
@@ -78,6 +79,25 @@ $(VENV)/.floor: pyproject.toml constraints-floor.txt
 	$(PIP) -c constraints-floor.txt -e '.[data,dev]'
 	@touch $@
 
+# What a new release of another library breaks first. Not what `make test` runs on: a release of others stops no one here.
+NEWEST_TESTS := $(addprefix tests/test_,conformance.py exactness.py generate.py cache_door.py canary.py seam.py naive.py \
+  must_work_caches.py must_work_calls.py must_work_inputs.py must_work_training.py peft_interchange.py loops.py \
+  token_scores.py encoder_decoders.py multimodal.py shards.py serve_api.py train.py)
+test-newest:
+	$(MAKE) VENV='$(VENV)-newest' newest
+
+.PHONY: newest
+newest: $(VENV)/.newest
+	@$(BIN)/python -m pip --disable-pip-version-check list 2>/dev/null | \
+	  grep -iE '^(torch|transformers|tokenizers|accelerate|peft|trl|datasets|safetensors|huggingface_hub|numpy) '
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not slow' $(NEWEST_TESTS)
+
+$(VENV)/.newest: pyproject.toml
+	$(PY) -m venv $(VENV)
+	$(PIP) '$(PIP_TORCH)'
+	$(PIP) -e '.[data,dev,loops]'
+	@touch $@
+
 # vLLM wants versions of its own, and its CPU build names parts that have none for the CPU: so without dependencies.
 VLLM_VENV ?= $(VENV)-vllm
 test-vllm: $(VLLM_VENV)/.done
@@ -125,5 +145,5 @@ readme: $(VENV)/.run
 	$(BIN)/python scripts/fill_readme.py
 
 clean:
-	rm -rf '$(VENV)' '$(VENV)-floor' '$(VENV)-vllm' '$(OUT)' build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf '$(VENV)' '$(VENV)-floor' '$(VENV)-newest' '$(VENV)-vllm' '$(OUT)' build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

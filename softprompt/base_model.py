@@ -63,6 +63,11 @@ class BaseModel:
     def base(self) -> PreTrainedModel:
         return self.way.base
 
+    def know_loss(self) -> None:
+        """Try the model's loss, if that has not been done; where it was never asked for it costs nothing."""
+        if self.facts.causal and self.facts.foldable:
+            _ = self.facts.divides_loss
+
     def trust(self, config: PromptConfig) -> None:
         """Compare what a prompt with this config needs. UnsupportedError for what differs from the model alone."""
         if isinstance(config, EmbeddingConfig):
@@ -78,7 +83,7 @@ class BaseModel:
         reason = self._known(compare_keys)
         if not reason:
             return
-        plain = api.backend_of(api.own(self.base).config) in BACKENDS
+        plain = own_backend(api.own(self.base).config) in BACKENDS
         if plain and not isinstance(self.way, CacheWay) and self.facts.foldable and fills_cache(self.base):
             before = self.way, self.facts
             self.way = CacheWay(self.base)

@@ -65,8 +65,8 @@ class Facts:
     encoder_layers: tuple[LayerShape, ...] = ()
     no_prefix: str = ""
     """Why keys and values cannot reach this model, if they cannot."""
-    loss: Callable[[], bool] = bool
-    vectors: Callable[[], str] = str
+    loss: Callable[[], bool] = field(default=bool, compare=False)
+    vectors: Callable[[], str] = field(default=str, compare=False)
     how: Mapping[str, str] = field(default_factory=dict, compare=False)
     """How each fact was found, by its name."""
 
@@ -280,15 +280,16 @@ def _apart(one: Tensor, other: Tensor) -> float:
 
 def _by_gradient(hidden: Tensor, entered: list[Tensor]) -> bool | None:
     """Whether the first of two states `[1, 2, d]` is differentiable by its own token alone, of what `entered` the
-    model; None where it is by neither."""
+    model; None where the second is not by the first token, so that nothing follows: a layer may have no gradient."""
     if not hidden.requires_grad or len(entered) != 1 or entered[0].shape[:-1] != (1, 2):
         return None
     state = hidden[0, 0].float()
     along = torch.arange(len(state), device=state.device).mul(1.7).cos()  # no direction that a norm fixes
-    (gradient,) = torch.autograd.grad(state @ along, entered[0], allow_unused=True)
-    if gradient is None or not bool(gradient[0, 0].any()):
-        return None
-    return not bool(gradient[0, 1].any())
+    (gradient,) = torch.autograd.grad(state @ along, entered[0], allow_unused=True, retain_graph=True)
+    if gradient is not None and bool(gradient[0, 1].any()):
+        return False
+    (gradient,) = torch.autograd.grad(hidden[0, 1].float() @ along, entered[0], allow_unused=True)
+    return True if gradient is not None and bool(gradient[0, 0].any()) else None
 
 
 def _of_encoder_decoder(way: AttentionWay) -> Facts:
@@ -324,7 +325,9 @@ def _facts(way: Way, found: Recording, **facts: Any) -> Facts:
     said = api.context_length(base)
     context = fixed if said is None else said - offset
     sizes = [size for size in (*found.windows, *found.chunks, api.local_window(api.own(base))) if size]
-    way.limits = Limits(offset, context if table is not None else fixed, min(sizes, default=None))
+    way.limits = Limits(
+        offset, context if table is not None else fixed, min(sizes, default=None), learned=table is not None
+    )
     layers = zip(found.layers, found.windows, found.chunks, strict=True)
     return Facts(
         layers=tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3], window, chunk) for (k, v), window, chunk in layers),

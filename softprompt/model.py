@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from softprompt import checkpoint
 from softprompt.base_model import BaseModel
-from softprompt.batch import run_for
+from softprompt.batch import bare_run, run_for
 from softprompt.batch.find import BASE, placement_of
 from softprompt.call import Call, check_count
 from softprompt.config import PromptConfig
@@ -35,7 +35,7 @@ from softprompt.stacking import freeze, unwrapped
 from softprompt.state import leave_base_out
 from softprompt.status import ModelStatus, model_status
 from softprompt.store import PromptStore
-from softprompt.transformers_api import PushToHubMixin
+from softprompt.transformers_api import OF_AN_ASSISTANT, PushToHubMixin
 
 
 def get_peft_model(
@@ -58,7 +58,7 @@ OF_THE_BASE = frozenset({
     "hf_device_map", "hf_quantizer", "is_gradient_checkpointing", "is_loaded_in_4bit", "is_loaded_in_8bit",
     "is_quantized", "loss_function", "main_input_name", "model_tags", "name_or_path", "num_parameters",
     "quantization_method", "resize_token_embeddings", "set_attn_implementation", "supports_gradient_checkpointing",
-    "tie_weights", "vocab_size", "warnings_issued", "is_parallelizable", "model_parallel", "framework",
+    "tie_weights", "vocab_size", "warnings_issued", "is_parallelizable", "model_parallel", "framework", "set_input_embeddings", "set_output_embeddings",
 })  # fmt: skip
 """What a prompted model answers for its base model, which in anything else it has knows nothing of a prompt."""
 
@@ -111,6 +111,8 @@ class SoftPromptModel(PushToHubMixin, InLoops):
 
     def _fill(self, config: PromptConfig) -> PromptConfig:
         self.found.trust(config)
+        if not config.inference_mode:
+            self.found.know_loss()
         filled = fitted(config, self.facts)
         name = config.base_model_name_or_path or self.base_model.name_or_path or None
         return replace(filled, base_model_name_or_path=name, modules_to_save=with_default_heads(config))
@@ -266,14 +268,16 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         inputs = {name: value for name, value in given.items() if value is not None} | kwargs
         as_tuple = not (self.base_model.config.return_dict if return_dict is None else return_dict)
         call = Call.of(inputs).plus(return_dict=True)
-        if call.labels_tokens and self.heads.differ:  # tried once with two tokens, which no rows' heads take
-            with self._calling([BASE]):
-                _ = self.facts.divides_loss
+        if call.labels is not None and self.enabled:
+            with self._calling([BASE]):  # with one head for all rows, and no other thread's
+                self.found.know_loss()
         with at_hand(self.base_model), self._calling(adapter_names) as names:
             run = None
             if names is not None:
                 check_count(adapter_names, inputs)
                 run = run_for(self, names, task_ids, slots, call.labels_tokens)
+                if run is None and adapter_names is not None and call.labels_tokens:
+                    run = bare_run(self)
             if per_token:
                 asked = per_token if isinstance(per_token, Asked) else Asked()
                 return token_scores(self.base_model, run, call, asked.wanted, asked.temperature)
@@ -448,7 +452,7 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         except AttributeError:
             if name == "base_model" or "base_model" not in self.__dict__.get("_modules", ()):
                 raise
-        if name in OF_THE_BASE or not hasattr(self.base_model, name):
+        if name in OF_THE_BASE or name in OF_AN_ASSISTANT or not hasattr(self.base_model, name):
             return getattr(self.base_model, name)
         raise AttributeError(
             f"SoftPromptModel has no {name!r}, and the {type(self.base_model).__name__}'s knows nothing of its prompt: "

@@ -463,6 +463,23 @@ def initialize(model: PreTrainedModel, part: nn.Module) -> None:
     model._init_weights(part)
 
 
+def generates_from_vectors(base: PreTrainedModel) -> bool:
+    """Whether a model's `generate` begins with vectors in place of ids: transformers looks for the name."""
+    return takes(base.prepare_inputs_for_generation, "inputs_embeds")
+
+
+OF_AN_ASSISTANT = frozenset({
+    "_maybe_prepare_encoder_kwargs_for_generation", "_prepare_encoder_decoder_kwargs_for_generation",
+    "_prepare_model_inputs", "_supports_logits_to_keep", "base_model_prefix",
+})  # fmt: skip
+"""What transformers asks of a model that drafts for another's `generate`, besides what is public."""
+
+
+def set_preparation(base: PreTrainedModel, prepare: Callable[..., Any]) -> None:
+    """What makes a call's arguments of what `generate` has."""
+    base.prepare_inputs_for_generation = prepare
+
+
 def is_masked_config(config: PreTrainedConfig) -> bool:
     """Whether there is a masked language model for a config."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING

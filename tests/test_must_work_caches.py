@@ -53,7 +53,7 @@ def ids_of(length: int = 6, rows: int = 1) -> Tensor:
 
 def plain(model: SoftPromptModel, row: Tensor) -> Tensor:
     """What follows a row, by the plain formulation."""
-    decode = naive.decode if model.facts.encoder_decoder else naive.greedy
+    decode = naive.decode if naive.encodes_and_decodes(model.get_base_model()) else naive.greedy
     return decode(model, row, NEW)
 
 
@@ -179,7 +179,8 @@ def own_cache(kind: str, model: SoftPromptModel) -> Any:
         one = lambda: DynamicCache(offloading=True)  # noqa: E731
     else:
         one = {"dynamic": DynamicCache, "static": lambda: StaticCache(config=config, max_cache_len=24)}[kind]
-    return EncoderDecoderCache(one(), DynamicCache()) if model.facts.encoder_decoder else one()
+    both = naive.encodes_and_decodes(model.get_base_model())
+    return EncoderDecoderCache(one(), DynamicCache()) if both else one()
 
 
 KINDS = ("dynamic", "static", "elsewhere", "offloaded")
@@ -196,7 +197,7 @@ def test_generate_on_a_cache_that_the_user_brings(family: str, method: str, kind
     device = model.get_base_model().device
     out = ours(model, ids.to(device), **hf_cache.given(model, cache))
     assert torch.equal(out.cpu(), expected)
-    written = NEW if model.facts.encoder_decoder else ids.shape[1] + NEW - 1
+    written = NEW if naive.encodes_and_decodes(model.get_base_model()) else ids.shape[1] + NEW - 1
     assert int(cache.get_seq_length()) == written  # real tokens only
 
 

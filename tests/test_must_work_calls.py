@@ -147,7 +147,7 @@ def test_a_call_that_raises_leaves_nothing(family: str, method: str, call: str) 
     layers = [each for each in base.modules() if isinstance(each, torch.nn.Dropout | torch.nn.Linear)]
     handle = layers[-2].register_forward_hook(stop)
     with pytest.raises(InterruptedError):
-        model(ids, decoder_input_ids=ids) if model.facts.encoder_decoder and call == "forward" else (
+        model(ids, decoder_input_ids=ids) if base.config.is_encoder_decoder and call == "forward" else (
             model(ids) if call == "forward" else model.generate(ids, **options)
         )
     handle.remove()

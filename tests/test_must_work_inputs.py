@@ -182,7 +182,7 @@ NARROW, WIDE = (2, 8), (1, 16)
 def test_layers_of_different_shapes(method: str, options: Any, shapes: Any, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = get_peft_model(gemma4(**options), TWO_KINDS[method](task_type="CAUSAL_LM")).eval()
-    assert [(each.heads, each.key_size) for each in model.facts.layers] == shapes
+    assert [(key.shape[1], key.shape[3]) for key, _ in model.fold().layers] == shapes
     batch = tiny.ragged(LONG, side="left")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     result = model(**batch, labels=labels)

@@ -233,7 +233,7 @@ def test_no_dead_half_of_parameters(cell: Cell) -> None:
     """PEFT gives an encoder-decoder's prompt twice the rows that it uses."""
     model = cell.model()
     conformance.library_loss(cell, model, conformance.rows(cell), "right").backward()
-    encoder, width = model.encoder(), model.facts.hidden_size
+    encoder, width = model.encoder(), model.get_base_model().get_input_embeddings().weight.shape[1]
     for name, parameter in encoder.named_parameters():
         if not parameter.requires_grad:
             continue

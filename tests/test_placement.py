@@ -52,7 +52,7 @@ def vectors_of(model: SoftPromptModel) -> Tensor:
 
 def embedded(model: SoftPromptModel, ids: Tensor) -> Tensor:
     base = model.get_base_model()
-    table = base.get_encoder() if model.facts.encoder_decoder else base
+    table = base.get_encoder() if base.config.is_encoder_decoder else base
     return table.get_input_embeddings()(ids)
 
 

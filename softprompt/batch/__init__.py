@@ -50,6 +50,17 @@ def run_for(
     return Run(model.way, model.facts, _joined(model, chosen, rows, placement), placement, slots)
 
 
+def bare_run(model: "SoftPromptModel") -> Run | None:
+    """How rows with labels run that all have no prompt: as those beside rows with one, so that no token is predicted by
+    the padding before it. None where the model alone predicts none by another."""
+    if not model.facts.causal:
+        return None
+    if model.facts.can_fold(Placement.FRONT):
+        return Run(model.way, model.facts, _nothing(model))
+    own = word_table(model.base_model)
+    return Run(model.way, model.facts, Embeddings(own.new_zeros(1, 0, own.shape[1])))
+
+
 def check_slots(placement: Placement, slots: Tensor | None) -> None:
     """ConfigError where slots are missing, or given to a prompt that stands elsewhere."""
     if (slots is None) == (placement is Placement.TEMPLATE):

@@ -37,6 +37,8 @@ class Limits:
     position_offset: int = 0
     room: int | None = None
     reach: int | None = None
+    learned: bool = False
+    """Whether that table is learned."""
 
 
 class Way(ABC):
@@ -92,8 +94,8 @@ class Way(ABC):
         last = known if positions is None else int(positions.max()) + 1
         if last is not None and self.limits.room is not None and last > self.limits.room:
             raise ConfigError(
-                f"{last} tokens, the virtual ones included, do not fit into this model's {self.limits.room} positions; "
-                "shorten the text or use fewer virtual tokens."
+                f"{last} tokens, the virtual ones included, do not fit into this model's {self.limits.room}"
+                f"{' learned' if self.limits.learned else ''} positions; shorten the text or use fewer virtual tokens."
             )
 
     def check_holes(self, call: Call, generating: bool) -> None:

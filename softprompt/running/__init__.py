@@ -18,12 +18,13 @@ from softprompt import transformers_api as api
 from softprompt.call import Call, check_rows, check_written
 from softprompt.config import Placement
 from softprompt.errors import ConfigError, UnsupportedError
-from softprompt.facts import Facts
+from softprompt.facts import Facts, plain_ids
 from softprompt.fold import Folded, fold, fold_and_predict
 from softprompt.injection.contract import Way
 from softprompt.injection.encoder_decoder import check_decoding, cut, open_encoder
 from softprompt.injection.input_vectors import embed, fill_slots, place, take
 from softprompt.injection.lengths import own_lengths, padded
+from softprompt.injection.stand_in import standing_in
 from softprompt.join import Mixed
 from softprompt.prompt import KV, Embeddings, spread
 from softprompt.running.context_loss import forward_with_context
@@ -270,7 +271,14 @@ class Run:
         placed, _ = self.placed(call.but(ids=given if call.vectors is None else None, mask=mask), self.vectors, "left")
         ids = None if given is None else _real_ids(given, mask, self.slots)
         options = {name: value for name, value in inputs.items() if name not in (*names, "inputs")}
-        with self.way.open(self.kv, generating=kwargs.get("position_ids") is None):
+        assert placed.vectors is not None
+        if ids is not None and ids.shape[1] != placed.vectors.shape[1]:
+            options |= _lengths_beside(placed.vectors.shape[1], args, options)
+        told, token = 0 if ids is None else ids.shape[1], int(plain_ids(self.base, 1))
+        with (
+            standing_in(self.base, placed.vectors, told, token),
+            self.way.open(self.kv, generating=kwargs.get("position_ids") is None),
+        ):
             output = generate(
                 None,
                 *args[1:],
@@ -280,6 +288,19 @@ class Run:
                 input_ids=ids,
             )
         return output if given is None else _starting_with(output, given, ids)
+
+
+def _lengths_beside(width: int, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The lengths that a caller gave, for transformers to take the `width` of vectors that stand beside ids off."""
+    config = options.get("generation_config") or (args[1] if len(args) > 1 else None)
+    found: dict[str, Any] = {}
+    for name in ("max", "min"):
+        new, whole = (
+            options.get(each, getattr(config, each, None)) for each in (f"{name}_new_tokens", f"{name}_length")
+        )
+        if new is None and whole:
+            found[f"{name}_length"] = whole + width
+    return found
 
 
 def _refuse_drafts(base: PreTrainedModel, args: tuple[Any, ...], options: dict[str, Any]) -> None:
