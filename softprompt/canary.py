@@ -9,12 +9,13 @@ the chunk if there is one. Nothing is trusted because of its family's name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt import transformers_api as api
@@ -195,19 +196,37 @@ class _Trial:
         return Comparison(self.kind, what, difference, tolerance)
 
     def noise(self) -> float:
-        """How much the model alone differs where a row shares a batch, as one does whose layers round by all of it."""
+        """How much the model alone differs where a row shares a batch, as one does whose layers round by all of it, or
+        where its words differ by what their number type cannot tell, as experts do that are chosen by a hair."""
         if self._noise is None:
             other = self.ids[:, LENGTH:].flip(0)
             more: dict[str, Any] = {"decoder_input_ids": self.prompt} if self.facts.encoder_decoder else {}
             both = self.alone(other, **{name: value.expand(2, -1) for name, value in more.items()})
             alone = self.alone(self.ids[:1, LENGTH:], **more)
-            self._noise = _difference(both[1:2], alone) or 0.0
+            with _blurred(self.base.get_input_embeddings()):
+                blurred = self.alone(self.ids[:1, LENGTH:], **more)
+            self._noise = max(_difference(both[1:2], alone) or 0.0, _difference(blurred, alone) or 0.0)
         return self._noise
 
     def alone(self, ids: Tensor, **more: Any) -> Tensor:
         """The states `[B, T, …]` of the base model by itself."""
         use = {"use_cache": False} if api.takes_option(self.base.forward, "use_cache") else {}
         return states(self.base(input_ids=ids, return_dict=True, **use, **more))
+
+
+@contextmanager
+def _blurred(words: nn.Module) -> Iterator[None]:
+    """Inside the block every number of a looked-up word is off by one step of its type, up or down in turn."""
+
+    def blur(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        signs = 1 - 2 * (torch.arange(output.numel(), device=output.device) % 2).view(output.shape)
+        return output * (1 + signs.to(output) * torch.finfo(output.dtype).eps)
+
+    handle = words.register_forward_hook(blur)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def without_head(way: Way) -> Way:
@@ -274,7 +293,11 @@ def _onward(trial: _Trial, call: Callable[[Call], Any], exact: bool) -> Iterator
     use = api.takes_option(trial.base.forward, "use_cache")
     output = call(Call(ids=ids, mask=mask, rest={**({"use_cache": True} if use else {}), **more}))
     got = states(output)
-    where = f" past the {'chunk' if trial.facts.layers[0].chunk else 'window'} of {trial.facts.reach}" if trial.passes else ""
+    where = (
+        f" past the {'chunk' if trial.facts.layers[0].chunk else 'window'} of {trial.facts.reach}"
+        if trial.passes
+        else ""
+    )
     yield trial.compared(f"without padding{where}", got[:1], first[None, :long])
     yield trial.compared(f"padded on the left{where}", got[1:2, long - short :], second[None, :short])
     yield trial.compared(f"padded on the right{where}", got[2:, :short], second[None, :short])
@@ -327,7 +350,9 @@ def _both_ways(trial: _Trial, keys: bool) -> Iterator[Comparison]:
         parts = ((got[:1], want[0]), (got[1:2], want[1]), (got[2:], want[1]))
     else:
         parts = ((got[:1], want[0]), (got[1:2, long - short :], want[1]), (got[2:, :short], want[1]))
-    for what, (have, wanted) in zip(("without padding", "padded on the left", "padded on the right"), parts, strict=True):
+    for what, (have, wanted) in zip(
+        ("without padding", "padded on the left", "padded on the right"), parts, strict=True
+    ):
         yield trial.compared(what, have, wanted)
 
 
@@ -349,8 +374,12 @@ def _written(trial: _Trial) -> Iterator[Comparison]:
     yield trial.compared("source padded on the left", got[:1], want[:, :long])
     yield trial.compared("source padded on the right", got[1:], want[:, :long])
     cache = api.cache_in(output)
-    if cache is None or api.cache_name(trial.base.forward) is None:  # (T5's head for questions gives one it cannot take)
+    if (
+        cache is None or api.cache_name(trial.base.forward) is None
+    ):  # (T5's head for questions gives one it cannot take)
         return
     following = target[:, LENGTH + long :].expand(2, -1)
     later = run.forward(call.but(cache=cache[1]).plus(decoder_input_ids=following))
-    yield trial.compared("one token later, with a cache", states(later)[:, -1:], want[:, long:].expand(2, *[-1] * (want.ndim - 1)))
+    yield trial.compared(
+        "one token later, with a cache", states(later)[:, -1:], want[:, long:].expand(2, *[-1] * (want.ndim - 1))
+    )
