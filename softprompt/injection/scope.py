@@ -236,7 +236,7 @@ def watch(module: nn.Module) -> None:
 
 def _acting(module: nn.Module, side: str) -> Iterable[Any]:
     """What the scopes of this thread do at a module; an assistant that drafts may be open around the main model."""
-    scope = _HERE.scope
+    scope, module = _HERE.scope, api.itself(module)
     while scope is not None:
         found = getattr(scope, side).get(module)
         if found is not None:
