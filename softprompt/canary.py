@@ -9,12 +9,13 @@ the chunk if there is one. Nothing is trusted because of its family's name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt import transformers_api as api
@@ -202,19 +203,37 @@ class _Trial:
         return Comparison(self.kind, what, difference, tolerance)
 
     def noise(self) -> float:
-        """How much the model alone differs where a row shares a batch, as one does whose layers round by all of it."""
+        """How much the model alone differs where a row shares a batch, as one does whose layers round by all of it, or
+        where its words differ by what their number type cannot tell, as experts do that are chosen by a hair."""
         if self._noise is None:
             other = self.ids[:, LENGTH:].flip(0)
             more: dict[str, Any] = {"decoder_input_ids": self.prompt} if self.facts.encoder_decoder else {}
             both = self.alone(other, **{name: value.expand(2, -1) for name, value in more.items()})
             alone = self.alone(self.ids[:1, LENGTH:], **more)
-            self._noise = _difference(both[1:2], alone) or 0.0
+            with _blurred(self.base.get_input_embeddings()):
+                blurred = self.alone(self.ids[:1, LENGTH:], **more)
+            self._noise = max(_difference(both[1:2], alone) or 0.0, _difference(blurred, alone) or 0.0)
         return self._noise
 
     def alone(self, ids: Tensor, **more: Any) -> Tensor:
         """The states `[B, T, …]` of the base model by itself."""
         use = {"use_cache": False} if api.takes_option(self.base.forward, "use_cache") else {}
         return states(self.base(input_ids=ids, return_dict=True, **use, **more))
+
+
+@contextmanager
+def _blurred(words: nn.Module) -> Iterator[None]:
+    """Inside the block every number of a looked-up word is off by one step of its type, up or down in turn."""
+
+    def blur(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        signs = 1 - 2 * (torch.arange(output.numel(), device=output.device) % 2).view(output.shape)
+        return output * (1 + signs.to(output) * torch.finfo(output.dtype).eps)
+
+    handle = words.register_forward_hook(blur)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def without_head(way: Way) -> Way:

@@ -633,6 +633,14 @@ def compiled_flex() -> tuple[Any, Any]:
     return flex_attention.compile_friendly_flex_attention, AuxRequest(lse=True)
 
 
+def itself(module: nn.Module) -> nn.Module:
+    """The module, for which `torch.export` hands over stand-ins."""
+    if not torch.compiler.is_exporting():
+        return module
+    found: Any = module
+    return found.get_base() if "AttrProxy" in (kind.__name__ for kind in type(module).__mro__) else module
+
+
 def unsharded_class(base: nn.Module) -> type:
     """The class of a model: FSDP2 puts one of its own before it."""
     kinds = type(base).__mro__

@@ -24,6 +24,11 @@ class Group:
     rows: Tensor | None = None
     lengths: Tensor | None = None
 
+    @property
+    def _single(self) -> bool:
+        """Whether each row has a prompt of its own; not known of a size that is a symbol, as in `torch.export`."""
+        return not isinstance(self.sharing, torch.SymInt) and self.sharing == 1
+
     def of_prompts(self, values: Tensor) -> Tensor:
         """The group's part `[count, h, length, k]` of keys or values of all prompts `[N, h, p, k]`."""
         values = values if self.prompts is None else values[self.prompts]
@@ -37,7 +42,7 @@ class Group:
         """`[B, hq, T, …]` → `[count, heads, sharing·(hq/heads)·T, …]`: rows and grouped queries join the query axis."""
         own = self.of_rows(values)
         queries, tokens, rest = own.shape[1], own.shape[2], own.shape[3:]
-        if self.sharing == 1:
+        if self._single:
             return own if queries == heads else own.reshape(self.count, heads, -1, *rest)
         parts = own.reshape(self.count, self.sharing, heads, queries // heads, tokens, *rest)
         return parts.transpose(1, 2).reshape(self.count, heads, -1, *rest)
@@ -45,7 +50,7 @@ class Group:
     def unfold(self, values: Tensor, queries: int, tokens: int) -> Tensor:
         """The inverse of `fold`: `[count·sharing, hq, T, …]`."""
         heads, rest = values.shape[1], values.shape[3:]
-        if self.sharing == 1:
+        if self._single:
             return values if queries == heads else values.reshape(self.count, queries, tokens, *rest)
         parts = values.unflatten(2, (self.sharing, queries // heads, tokens)).transpose(1, 2)
         return parts.reshape(self.count * self.sharing, queries, tokens, *rest)

@@ -56,6 +56,8 @@ def _kernel(query: Tensor, value: Tensor, prefix: Prefix, bias: Tensor | None, d
     """The fast kernel that can do this; none knows dropout, values of another size, or a gradient of the bias."""
     if dropout or query.shape[-1] != value.shape[-1]:
         return None
+    if torch.compiler.is_exporting():  # to what may know no kernel of torch's
+        return None
     if any(each is not None and each.requires_grad for each in (bias, prefix.bias)):
         return None
     if query.device.type == "cuda" and query.dtype in cuda.TYPES:

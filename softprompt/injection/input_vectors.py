@@ -151,6 +151,8 @@ def _order(real: Tensor, count: int, empty: Tensor | None, after_first: bool, pa
         rank = rank.masked_fill(first, 0)
     virtual = rank.new_ones(real.shape[0], count)
     rank = torch.cat([virtual if empty is None else virtual.masked_fill(empty, last), rank], dim=1)
+    if torch.compiler.is_exporting():  # ONNX knows no stable sort
+        return (rank * rank.shape[1] + torch.arange(rank.shape[1], device=rank.device)).argsort(dim=1)
     return rank.to(torch.int8).argsort(dim=1, stable=True)
 
 

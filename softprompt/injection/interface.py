@@ -146,7 +146,7 @@ def _attention_through(backend: str) -> Callable[..., Any]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        served = _served(backend, query.device)
+        module, served = api.itself(module), _served(backend, query.device)
         plain = api.attention_of("eager" if served == "eager" else backend, module)
         scope, mask = current(), attention_mask  # some families pass it by this name
         if scope is None:

@@ -112,9 +112,8 @@ class Scope:
         """How many virtual tokens each row has, `[B]`; None where prompts do not differ in it."""
         if self.prefix is None or self.prefix.lengths is None:
             return None
-        if (batch, device) not in self._lengths:
-            self._lengths[batch, device] = own_lengths(self.prefix, batch, device)
-        return self._lengths[batch, device]
+        prefix = self.prefix
+        return _kept(self._lengths, (batch, device), lambda: own_lengths(prefix, batch, device))
 
     def shift(self, batch: int, device: torch.device) -> int | Tensor:
         """By how much the positions of real tokens are moved: one number, or `[B, 1]` where prompts differ in it."""
@@ -132,18 +131,16 @@ class Scope:
 
     def groups(self, batch: int, device: torch.device) -> tuple[Group, ...]:
         """Which of `batch` rows share which prompt. A GPU is waited for once, and not in every step or layer."""
-        known = self._groups.get((batch, device))
-        if known is None:
-            assert self.prefix is not None
-            rows = spread_rows(self.prefix.rows, batch)
-            rows = None if rows is None else rows.tolist()
-            count = len(self.prefix.pairs[0][0])
-            if rows is None and count > 1:  # one prompt for each row, in order
-                known = (Group(count, batch // count, self.prefix.length),)
-            else:
-                known = groups_of(batch, self.prefix.length, rows, self.prefix.lengths, device)
-            self._groups[batch, device] = known
-        return known
+        return _kept(self._groups, (batch, device), lambda: self._grouped(batch, device))
+
+    def _grouped(self, batch: int, device: torch.device) -> tuple[Group, ...]:
+        assert self.prefix is not None
+        rows = spread_rows(self.prefix.rows, batch)
+        rows = None if rows is None else rows.tolist()
+        count = len(self.prefix.pairs[0][0])
+        if rows is None and count > 1:  # one prompt for each row, in order
+            return (Group(count, batch // count, self.prefix.length),)
+        return groups_of(batch, self.prefix.length, rows, self.prefix.lengths, device)
 
     def additive(self, mask: Tensor | None, like: Tensor) -> Tensor | None:
         """A mask as what is added to the scores, of the type of `like`; the lowest number hides.
@@ -166,9 +163,7 @@ class Scope:
         if not self._limits(window, chunk):
             return None
         key = (window, chunk, like.shape[2], like.device)
-        if key not in self._far:
-            self._far[key] = added(self._within(window, chunk, like), like.dtype)
-        return self._far[key]
+        return _kept(self._far, key, lambda: added(self._within(window, chunk, like), like.dtype))
 
     def hidden(self, window: int | None, chunk: int | None, like: Tensor) -> Tensor | None:
         """Which prefix columns queries `[B, h, T, k]` see, `[B|1, 1, T|1, p]`: those in reach of a row's own prompt."""
@@ -191,6 +186,15 @@ class Scope:
         assert self.positions is not None and self.prefix is not None
         own = self.lengths(like.shape[0], like.device)
         return within(window, chunk, self.positions.to(like.device), like.shape[2], self.prefix.length, own)
+
+
+def _kept(known: dict[Any, Any], key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """What is `known` by a key, made on first use; while a size is a symbol, as in `torch.export`, nothing is known."""
+    if any(isinstance(part, torch.SymInt) for part in key):
+        return make()
+    if key not in known:
+        known[key] = make()
+    return known[key]
 
 
 class _Here(local):
@@ -251,7 +255,7 @@ def _hooked(module: nn.Module) -> bool:
 
 def _acting(module: nn.Module, side: str) -> Iterable[Any]:
     """What the scopes of this thread do at a module; an assistant that drafts may be open around the main model."""
-    scope = _HERE.scope
+    scope, module = _HERE.scope, api.itself(module)
     while scope is not None:
         found = getattr(scope, side).get(module)
         if found is not None:

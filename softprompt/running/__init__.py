@@ -163,7 +163,7 @@ class Run:
                 call = call.but(ids=None, vectors=fill_slots(embedded, vectors, self.slots))
                 vectors = embedded = None
             else:
-                lengths = own_lengths(vectors, len(embedded), embedded.device)
+                lengths = own_lengths(vectors, embedded.shape[0], embedded.device)
         return place(
             call,
             None if vectors is None or embedded is None else vectors.per_row(embedded.shape[0]),
