@@ -363,7 +363,6 @@ def test_threads_share_one_model() -> None:
     close(seen["prompted"], prompted)
     close(seen["slow"], prompted)
     assert base.config._attn_implementation == "sdpa"
-    assert not base._forward_pre_hooks
 
 
 def test_two_wrappers_of_one_base() -> None:
