@@ -36,8 +36,8 @@ if the model has one of up to 64 tokens. That takes three short calls of the mod
   attention interface, vectors in the rows instead of folded into keys and values;
 - else is refused with an `UnsupportedError` that says what differs by how much, with which versions.
 
-No list of families decides what is trusted. `get_peft_model(…, verify=False)` and `from_pretrained(…, verify=False)` leave
-the comparison out. Hybrids keep a state that is not among keys and values, so a prefix there is compared with itself:
+No list of families decides what is trusted. `get_peft_model(…, verify=False)` and `from_pretrained(…, verify=False)`
+leave the comparison out. Hybrids keep a state that is not among keys and values, so a prefix there is compared with itself:
 rows with padding and a cache with the same rows without.
 
 `softprompt check MODEL [--method NAME] [--json]` prints all of it, for windows and chunks of up to 4,096 tokens; in
