@@ -37,8 +37,8 @@ if the model has one of up to 64 tokens. That takes three short calls of the mod
 - else is refused with an `UnsupportedError` that says what differs by how much, with which versions.
 
 No list of families decides what is trusted. `get_peft_model(…, verify=False)` and `from_pretrained(…, verify=False)`
-leave the comparison out. Hybrids keep a state that is not among keys and values, so a prefix there is compared with itself:
-rows with padding and a cache with the same rows without.
+leave the comparison out. Hybrids keep a state that is not among keys and values, so a prefix there is compared with
+itself: rows with padding and a cache with the same rows without.
 
 `softprompt check MODEL [--method NAME] [--json]` prints all of it, for windows and chunks of up to 4,096 tokens; in
 Python it is `softprompt.check(model)`. It ends with exit status 1 where something differs and would be used. Put its
