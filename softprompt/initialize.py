@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt import transformers_api as api
 from softprompt.config import KVConfig
 from softprompt.elsewhere import embed_words, place_of, words_of
 from softprompt.errors import ConfigError
