@@ -362,6 +362,7 @@ def test_a_thread_that_is_started_inside_the_block_has_the_prompt_and_a_warning(
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "t5"])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of torch, for a thread without gradient
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 def test_one_thread_trains_with_checkpointing_while_another_evaluates(family: str, reentrant: bool) -> None:
     """Also the recomputation, which may run in a thread that has no prompt open, sees the prompt of its own call."""
