@@ -128,8 +128,8 @@ def probed(base: PreTrainedModel) -> tuple[Way, Facts]:
         word_table(base)
     except (AttributeError, NotImplementedError):
         raise UnsupportedError(
-            f"{type(base).__name__} has no table of word embeddings that it reads input_ids by, so no virtual token can "
-            "stand before them; use a model of text."
+            f"{type(base).__name__} has no table of word embeddings that it reads input_ids by, so no virtual token "
+            "can stand before them; use a model of text."
         ) from None
     try:
         return _probed(base)
@@ -229,15 +229,15 @@ def _causal(way: Way, ids: Tensor) -> tuple[Recording, bool, str]:
             with torch.inference_mode(False), torch.enable_grad():
                 found, hidden = record(way, {"input_ids": ids})
                 causal = _by_gradient(hidden, entered)
+            if causal is not None:
+                found = replace(found, layers=[(key.detach(), value.detach()) for key, value in found.layers])
+                return found, causal, f"gradient of the first state to the second token: {'' if causal else 'not '}0"
         except torch.OutOfMemoryError:
             raise
         except Exception:  # Reformer, say, runs in eval mode only where nothing is differentiated
-            causal = None
+            pass
         finally:
             handle.remove()
-        if causal is not None:
-            found = replace(found, layers=[(key.detach(), value.detach()) for key, value in found.layers])
-            return found, causal, f"gradient of the first state to the second token: {'' if causal else 'not '}0"
     found, _ = record(way, {"input_ids": ids})
     way.bind(found.modules, [], [])
     _, hidden = record(way, {"input_ids": torch.cat([ids, ids[:, [0, 0]]])})  # in one batch, which is rounded alike

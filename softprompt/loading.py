@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from softprompt import transformers_api as api
 from softprompt.elsewhere import loader_of, place_of
 from softprompt.errors import ConfigError
 from softprompt.recipe import DTYPES, EMBEDDED, Recipe

@@ -293,7 +293,8 @@ class EmbeddingPrompt(SoftPrompt):
     @classmethod
     def fill(cls, config: PromptConfig, facts: "Facts") -> PromptConfig:
         if facts.no_vectors:
-            raise UnsupportedError(f"{facts.no_vectors}; use {'another model' if facts.no_prefix else 'prefix_tuning'}.")
+            remedy = "another model" if facts.no_prefix else "prefix_tuning"
+            raise UnsupportedError(f"{facts.no_vectors}; use {remedy}.")
         return _filled(config, token_dim=facts.hidden_size, num_layers=len(facts.layers) or None,
                        num_attention_heads=facts.query_heads or None)  # fmt: skip
 

@@ -111,8 +111,8 @@ class Way(ABC):
         if bool((begins > 1).any()):
             raise ConfigError(
                 f"attention_mask hides tokens between the real ones of row {int(begins.argmax())}, but "
-                f"{type(self.base).__name__} counts how far tokens are apart by columns; leave these tokens out and pad "
-                "all rows on one side."
+                f"{type(self.base).__name__} counts how far tokens are apart by columns; leave these tokens out and "
+                "pad all rows on one side."
             )
 
     def fits(self, known: int | None) -> bool:
