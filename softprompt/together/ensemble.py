@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from softprompt.batch import run_with
 from softprompt.config import EmbeddingConfig
+from softprompt.call import Call
 from softprompt.errors import ConfigError
 from softprompt.model import SoftPromptModel
 from softprompt.prompt import KV, Embeddings, SoftPrompt, evaluating
@@ -52,8 +53,8 @@ class PromptEnsemble:
             rows = _rows(inputs)
             slots, inputs = inputs.get("slots"), {name: each for name, each in inputs.items() if name != "slots"}
             run = run_with(self.model, self.encoders[0].config, self._for_rows(stacked, rows), self._again(slots))
-            output = run.forward({**{name: self._widened(name, each) for name, each in inputs.items()},
-                                  "return_dict": True})  # fmt: skip
+            widened = {name: self._widened(name, each) for name, each in inputs.items()}
+            output = run.forward(Call.of(widened).plus(return_dict=True))
         return output.logits.unflatten(0, (len(self.names), rows))
 
     def probabilities(self, label_ids: Sequence[int] | None = None, **inputs: Any) -> Tensor:
