@@ -279,8 +279,8 @@ def chunk_in(options: Mapping[str, Any]) -> int | None:
 
 def local_window(body: PreTrainedModel) -> int | None:
     """How far layers see that attend locally in code of their own (GPT-Neo)."""
-    local = "local" in getattr(body.config, "attention_layers", ())
-    return getattr(body.config, "window_size", None) if local else None
+    locally = "local" in getattr(body.config, "attention_layers", ())
+    return getattr(body.config, "window_size", None) if locally else None
 
 
 def shifted_mask(options: Mapping[str, Any], by: int | Tensor) -> dict[str, Any]:

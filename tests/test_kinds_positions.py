@@ -14,7 +14,7 @@ import transformers as hf
 from test_backends import flexible as flexible
 from torch import Tensor
 
-from softprompt import ConfigError, PrefixTuningConfig, PromptTuningConfig, SoftPromptModel, get_peft_model
+from softprompt import ConfigError, Embeddings, PrefixTuningConfig, PromptTuningConfig, SoftPromptModel, get_peft_model
 
 ROWS = (7, 20, 13)
 CHUNK = 8
@@ -52,7 +52,7 @@ def each_row(batch: dict[str, Tensor]) -> list[Tensor]:
 def alone(model: SoftPromptModel, row: Tensor) -> Tensor:
     """Logits of one row by the base model itself: vectors in the row, or keys and values in a cache of whole layers."""
     prompt = naive.own_prompt(model)
-    if not hasattr(prompt, "layers"):
+    if isinstance(prompt, Embeddings):
         return naive.logits(model, row)[0]
     held = hf.DynamicCache()
     for layer, (key, value) in enumerate(prompt.layers):

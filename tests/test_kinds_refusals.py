@@ -180,7 +180,7 @@ def test_vectors_in_the_encoder_are_all_that_a_prompt_needs(name: str) -> None:
     output = model(**batch, labels=target)
     total = torch.zeros(())
     for number, row in enumerate(naive.rows(batch)):
-        want = naive.run(model.get_base_model(), naive.own_prompt(model), row, labels=target[number : number + 1])
+        want: Any = naive.run(model.get_base_model(), naive.own_prompt(model), row, labels=target[number : number + 1])
         torch.testing.assert_close(output.logits[number : number + 1], want.logits, rtol=1e-4, atol=2e-5)
         total = total + want.loss / 2
     torch.testing.assert_close(output.loss, total, rtol=1e-4, atol=1e-5)
