@@ -31,8 +31,8 @@ from softprompt import base_model  # noqa: E402
 from softprompt.embedded import PATH  # noqa: E402
 
 ROUNDS = 7
-SHAPE = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-             num_key_value_heads=3, max_position_embeddings=8192)  # fmt: skip
+SHAPE = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+         "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}  # fmt: skip
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -42,7 +42,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def one(load: Callable[[], Any], prompt: Path, method: type, verify: bool) -> dict[str, float]:
-    """Seconds of loading a model, of a prompt before it, and of a first call; tokens and calls while it is put there."""
+    """Seconds of loading a model, a prompt before it, and of a first call; calls and tokens while it is put there."""
     base_model._KNOWN.clear()
     loading, base = timed(load)
     seen = {"calls": 0, "tokens": 0}

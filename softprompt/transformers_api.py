@@ -465,7 +465,12 @@ def initialize(model: PreTrainedModel, part: nn.Module) -> None:
 
 def generates_from_vectors(base: PreTrainedModel) -> bool:
     """Whether a model's `generate` begins with vectors in place of ids: transformers looks for the name."""
-    return takes(base.prepare_inputs_for_generation, "inputs_embeds")
+    return takes(preparation(base), "inputs_embeds")
+
+
+def preparation(base: PreTrainedModel) -> Callable[..., Any]:
+    """What makes a call's arguments of what `generate` has."""
+    return cast(Callable[..., Any], base.prepare_inputs_for_generation)
 
 
 OF_AN_ASSISTANT = frozenset({
@@ -476,8 +481,8 @@ OF_AN_ASSISTANT = frozenset({
 
 
 def set_preparation(base: PreTrainedModel, prepare: Callable[..., Any]) -> None:
-    """What makes a call's arguments of what `generate` has."""
-    base.prepare_inputs_for_generation = prepare
+    """Put another in its place."""
+    base.__dict__["prepare_inputs_for_generation"] = prepare
 
 
 def is_masked_config(config: PreTrainedConfig) -> bool:

@@ -68,7 +68,7 @@ def _prepare(base: PreTrainedModel) -> None:
     with _LOCK:
         if base in _PREPARED:
             return
-        own, caches = base.prepare_inputs_for_generation, api.cache_name(base.forward) is not None
+        own, caches = api.preparation(base), api.cache_name(base.forward) is not None
 
         def prepare(
             input_ids: Tensor,
