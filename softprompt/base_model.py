@@ -56,7 +56,7 @@ class BaseModel:
         found = BaseModel(way, facts, verify, far, first=first)
         if found.facts.causal and found.facts.layers:
             found._trust_keys()
-        found.facts, found.first = replace(found.facts, vectors=found._no_vectors), None
+        found.facts = replace(found.facts, vectors=found._no_vectors)
         return found
 
     @property
@@ -97,7 +97,10 @@ class BaseModel:
 
     def _no_vectors(self) -> str:
         """Why vectors cannot stand in this model's input, if they cannot, or do not what words do."""
-        return refuses_vectors(self.base) or self._known(compare_folded if self.facts.foldable else compare_rows)
+        if self.verify and self.facts.foldable:  # where vectors that are no words are tried along
+            reason = self._known(compare_folded)
+            return reason and (refuses_vectors(self.base) or reason)
+        return refuses_vectors(self.base) or self._known(compare_rows)
 
     def _known(self, compare: Any) -> str:
         """The verdict of a comparison, which is made once for all models of a class, config and backend."""
@@ -108,7 +111,7 @@ class BaseModel:
             found = _KNOWN.get(key)
         if found is None:
             arguments: tuple[Any, ...] = () if compare is compare_folded else (self.far,)
-            arguments += (self.first,) if compare is compare_keys else ()
+            arguments += () if compare is compare_rows else (self.first,)
             found = compare(self.way, self.facts, *arguments)
             with _LOCK:
                 _KNOWN[key] = found

@@ -97,17 +97,20 @@ def compare_keys(way: Way, facts: Facts, far: int = FAR, first: KV | None = None
         return trial.of(lambda: _onward(trial, *_keys_of(trial, first)))
 
 
-def compare_folded(way: Way, facts: Facts) -> list[Comparison]:
-    """The keys and values that vectors of real tokens are folded into, against those of the tokens themselves."""
+def compare_folded(way: Way, facts: Facts, first: KV | None = None) -> list[Comparison]:
+    """The keys and values that vectors of real tokens are folded into, against those of the tokens themselves, which are
+    `first` where they are known."""
     trial = _Trial(way, facts, FOLDED, 0)
 
     def compare() -> Iterator[Comparison]:
         vectors = embed_words(words_of(trial.base), trial.prompt)
-        want, got = _recorded(trial, trial.prompt), fold(trial.way, Embeddings(vectors))
+        both = torch.cat([vectors, 1.5 * vectors])  # the second are no words, which a model may want to look up
+        want = _recorded(trial, trial.prompt) if first is None else first
+        got = fold(trial.way, Embeddings(both)).map(lambda part: part[:1])
         found = [
             trial.compared("every layer's", own.transpose(1, 2).flatten(2), true.transpose(1, 2).flatten(2))
-            for both in zip(got.pairs, want.pairs, strict=True)
-            for own, true in zip(*both, strict=True)
+            for pair in zip(got.pairs, want.pairs, strict=True)
+            for own, true in zip(*pair, strict=True)
         ]
         yield max(found, key=lambda each: each.difference or 0.0)
 
