@@ -98,8 +98,8 @@ def compare_keys(way: Way, facts: Facts, far: int = FAR, first: KV | None = None
 
 
 def compare_folded(way: Way, facts: Facts, first: KV | None = None) -> list[Comparison]:
-    """The keys and values that vectors of real tokens are folded into, against those of the tokens themselves, which are
-    `first` where they are known."""
+    """The keys and values that vectors of real tokens are folded into, against those of the tokens themselves (`first`,
+    where they are known)."""
     trial = _Trial(way, facts, FOLDED, 0)
 
     def compare() -> Iterator[Comparison]:
