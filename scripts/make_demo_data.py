@@ -76,7 +76,7 @@ PET = Kind(
 
 SHOP = Kind(
     fields={
-        "shop": ["Green Way", "Old Mill", "Red House", "Corner Shop", "Little Star", "Happy Fox", "White Horse"],
+        "shop": ["Green Door", "Old Mill", "Red House", "Corner Shop", "Little Star", "Happy Fox", "White Horse"],
         "sells": ["bread", "books", "toys", "flowers", "hats", "fish"],
         "place": ["by the river", "in the square", "near the church", "behind the school", "on the hill"],
         "price": ["cheap", "fair", "high"],

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,20 @@ __all__ = ["CacheLayerMixin", "GradientCheckpointingLayer", "ModelOutput", "Push
 
 
 def parameters(call: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of what a function takes, in order; those behind decorators are the decorated one's."""
-    return tuple(inspect.signature(call).parameters)
+    """The names of what a function takes, in order; those behind decorators are the decorated one's.
+
+    They are kept, as long as the function is: a signature takes longer to read than a small layer to run.
+    """
+    function = getattr(call, "__func__", call)
+    known = _PARAMETERS.get(function)
+    if known is None:
+        names = tuple(inspect.signature(function).parameters)
+        known = _PARAMETERS[function] = names[1:] if function is not call else names
+    return known
+
+
+_PARAMETERS: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
+"""By function; a method's are without its first."""
 
 
 def takes(call: Callable[..., Any], name: str) -> bool:

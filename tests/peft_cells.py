@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import families
+import hf_cache
 import peft
+import pytest
 import tiny
 import torch
 from torch import Tensor, nn
@@ -137,6 +139,10 @@ def cells() -> Iterator[Cell]:
                 yield Cell(method, family, task)
 
 
+LAGS = "cache" in hf_cache.given(tiny.build("llama"), None)
+"""Whether transformers calls a cache what PEFT 0.21 does not know; its prompts are then lost in `generate`."""
+
+
 def randomised(model: Any) -> Any:
     """Every trainable number moved far enough to matter, the head's too."""
     torch.manual_seed(7)
@@ -149,7 +155,13 @@ def randomised(model: Any) -> Any:
 
 @torch.no_grad()
 def outputs(cell: Cell, model: nn.Module, **more: Any) -> Tensor:
-    """What the head says about rows `[B, C]` or real tokens `[N, C]`; PEFT has p more positions in front."""
+    """What the head says about rows `[B, C]` or real tokens `[N, C]`; PEFT has p more positions in front.
+
+    Skips where PEFT looks for a cache by the name that transformers gave it before 5.24, and so refuses a classifier.
+    """
+    states = cell.method in ("PREFIX_TUNING", "CARTRIDGE") and cell.task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+    if LAGS and states and isinstance(model, peft.PeftModel):
+        pytest.skip("peft 0.21 refuses keys and values before a classifier of transformers 5.24")
     batch = {**cell.batch(), **more}
     return real(cell, model(**batch, return_dict=True), batch)
 

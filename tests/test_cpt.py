@@ -197,7 +197,7 @@ def test_inputs_whose_loss_would_be_another() -> None:
     ids, labels = batch["input_ids"], batch["labels"]
     with pytest.raises(ConfigError, match="attention_mask"):
         model(input_ids=ids, labels=labels, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(3, -1))
-    with pytest.raises(ConfigError, match="one whole sequence"):
+    with pytest.raises(ConfigError, match="labels has shape"):
         model(input_ids=ids, labels=labels[:, 1:])
     with pytest.raises(UnsupportedError, match="images"):
         model(**batch, pixel_values=torch.zeros(1))
