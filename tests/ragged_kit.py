@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from softprompt.base_model import find_way
+from softprompt.call import Call
 from softprompt.config import Placement
 from softprompt.facts import Facts, LayerShape
 from softprompt.injection.contract import Way
@@ -104,7 +105,7 @@ class Model:
 
     def forward_alone(self, prompt: Any, placement: Placement = Placement.FRONT, **inputs: Any) -> Any:
         """The output of one row with its own prompt, or of the base model."""
-        return self.base(**inputs) if prompt is None else self.run(prompt, placement).forward(inputs)
+        return self.base(**inputs) if prompt is None else self.run(prompt, placement).forward(Call.of(inputs))
 
 
 def each_row(batch: dict[str, Tensor]) -> list[Tensor]:

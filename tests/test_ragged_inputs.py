@@ -13,6 +13,7 @@ from ragged_kit import LENGTHS, ROWS, TOKENS, Model
 from torch import Tensor
 
 from softprompt.base_model import find_way
+from softprompt.call import Call
 from softprompt.config import Placement
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.join import Mixed
@@ -30,7 +31,7 @@ def rows_like_alone(model: Model, kind: str, placement: Placement, field: str, o
     each = [of_row(row) for row in range(len(ROWS))]
     batch = {name: torch.cat([one[name] for one in each]) for name in each[0]}
     with torch.no_grad():
-        got = model.run(joined, placement).forward(batch)[field]
+        got = model.run(joined, placement).forward(Call.of(batch))[field]
         for row, own in enumerate(each):
             kit.close(got[row], model.forward_alone(single[row], placement, **own)[field][0])
 
@@ -110,7 +111,7 @@ def test_square_masks(kind: str, additive: bool) -> None:
     _, joined, _ = llama.prompts(kind)
     rows = {"input_ids": torch.cat([ids(row) for row in range(6)]), "attention_mask": of(0, True).expand(6, -1, -1, -1)}
     with pytest.raises(ConfigError, match=r"prompts of different lengths, which needs one of \[B, T\]"):
-        llama.run(joined, AFTER).forward(rows)
+        llama.run(joined, AFTER).forward(Call.of(rows))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,10 +134,10 @@ def test_answer_spans(kind: str, side: str) -> None:
     first = batch["attention_mask"].argmax(dim=1)
     begin, end = torch.tensor([1, 0, 2, 0, 1, 4]), torch.tensor([2, 2, 5, 0, 1, 5])
     spans = {"start_positions": begin + first, "end_positions": end + first}
-    got = model.run(joined).forward({**batch, **spans}).loss
+    got = model.run(joined).forward(Call.of({**batch, **spans})).loss
     alone = [
         model.run(Embeddings(torch.zeros(1, 0, 32)) if single[row] is None else single[row]).forward(
-            {"input_ids": own, "start_positions": begin[row : row + 1], "end_positions": end[row : row + 1]}
+            Call(ids=own, rest={"start_positions": begin[row : row + 1], "end_positions": end[row : row + 1]})
         )
         for row, own in enumerate(kit.each_row(batch))
     ]
@@ -171,11 +172,13 @@ def test_slots_count_the_virtual_tokens_of_a_rows_own_prompt(family: str, task: 
     more = {"decoder_input_ids": torch.tensor([[2, 5, 9]])} if task == "SEQ_2_SEQ_LM" else {}
     expanded = {name: value.expand(len(ROWS), -1) for name, value in more.items()}
     with torch.no_grad():
-        got = model.run(joined, TEMPLATE, slots).forward({**batch, **expanded}).logits
+        got = model.run(joined, TEMPLATE, slots).forward(Call.of({**batch, **expanded})).logits
         for row, own in enumerate(kit.each_row(batch)):
             prompt, mine = leaves[ROWS[row]][0][None], slots[row : row + 1, : own.shape[1]]
             if prompt.shape[1]:
-                expected = model.run(Embeddings(prompt), TEMPLATE, mine).forward({"input_ids": own, **more}).logits
+                expected = (
+                    model.run(Embeddings(prompt), TEMPLATE, mine).forward(Call.of({"input_ids": own, **more})).logits
+                )
             else:
                 expected = model.base(input_ids=own, **more).logits
             kit.close(got[row][: expected.shape[1]], expected[0])
@@ -187,7 +190,7 @@ def test_a_slot_that_a_rows_own_prompt_has_not() -> None:
     batch, slots = with_slots()
     slots[1, 0] = 3
     with pytest.raises(ConfigError, match="slots of row 1 go up to 3, but its prompt has 3 virtual tokens"):
-        model.run(joined, TEMPLATE, slots).forward(dict(batch))
+        model.run(joined, TEMPLATE, slots).forward(Call.of(dict(batch)))
 
 
 # ---- rows are apart --------------------------------------------------------------------------------------------------
@@ -230,7 +233,7 @@ def test_a_row_never_sees_another_rows_prompt(family: str, kind: str, which: int
     of = [each for index, part in enumerate(leaves) for each in part if index != which and each.numel()]
 
     def outcome(prompt: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        logits = model.run(prompt).forward(dict(batch)).logits
+        logits = model.run(prompt).forward(Call.of(dict(batch))).logits
         assert prompt is joined or bool(logits[[row for row in range(6) if row not in others]].isnan().any())
         return logits[others], torch.autograd.grad(
             (logits[others] * batch["attention_mask"][others][..., None]).sum(), of
@@ -250,9 +253,9 @@ def test_later_steps_need_a_mask_where_prompts_differ() -> None:
     model = Model("lfm2")
     _, joined, _ = model.prompts("vectors")
     batch = torch.cat([ids(row) for row in range(6)])
-    cache = hf_cache.of(model.run(joined).forward({"input_ids": batch, "use_cache": True}))
+    cache = hf_cache.of(model.run(joined).forward(Call.of({"input_ids": batch, "use_cache": True})))
     with pytest.raises(ConfigError, match="pass the attention_mask of all real tokens so far"):
-        model.run(joined).forward({"input_ids": batch[:, :1], **hf_cache.given(model.base, cache)})
+        model.run(joined).forward(Call.of({"input_ids": batch[:, :1], **hf_cache.given(model.base, cache)}))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
@@ -262,10 +265,10 @@ def test_room_is_counted_by_row(family: str) -> None:
     _, joined, single = model.prompts("keys")
     batch = tiny.ragged((5, 3, tiny.CONTEXT, 4, 2, 6))
     with torch.no_grad():
-        got = model.run(joined).forward(dict(batch)).logits[2]
+        got = model.run(joined).forward(Call.of(dict(batch))).logits[2]
         kit.close(got, model.base(input_ids=batch["input_ids"][2:3]).logits[0])
     with pytest.raises(ConfigError, match="learned positions"):
-        model.run(joined).forward(tiny.ragged((tiny.CONTEXT, 3, 4, 4, 2, 6)))
+        model.run(joined).forward(Call.of(tiny.ragged((tiny.CONTEXT, 3, 4, 4, 2, 6))))
     assert single[2] is None
 
 
@@ -278,4 +281,4 @@ def test_a_decoder_that_is_told_no_positions() -> None:
     pairs = tuple((torch.zeros(1, 2, 2, 8), torch.zeros(1, 2, 2, 8)) for _ in facts.layers)
     rows = {"input_ids": torch.tensor([[5, 6]]), "decoder_input_ids": torch.tensor([[2, 7]])}
     with pytest.raises(UnsupportedError, match="told no positions"):
-        Run(way, facts, KV(pairs)).forward(rows)
+        Run(way, facts, KV(pairs)).forward(Call.of(rows))
