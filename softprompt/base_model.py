@@ -85,15 +85,24 @@ class BaseModel:
             return
         plain = own_backend(api.own(self.base).config) in BACKENDS
         if plain and not isinstance(self.way, CacheWay) and self.facts.foldable and fills_cache(self.base):
-            before = self.way, self.facts
-            self.way = CacheWay(self.base)
+            before = self.way, self.facts, self.first
+            if self._through_the_cache():
+                return
+            self.way, self.facts, self.first = before
+        self.facts = replace(self.facts, no_prefix=reason, foldable=False)
+
+    def _through_the_cache(self) -> bool:
+        """Whether keys and values through the cache are right; the way is that one then."""
+        self.way = CacheWay(self.base)
+        try:
             with torch.no_grad(), evaluating(self.base):
                 seen, self.first = probe(self.way, self.facts)
-            self.facts = replace(seen, vectors=self.facts.vectors)
-            if self.facts.layers and not self._known(compare_keys):
-                return
-            self.way, self.facts = before
-        self.facts = replace(self.facts, no_prefix=reason, foldable=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # its layers ask their cache for more than keys and values; the first reason stays
+            return False
+        self.facts = replace(seen, vectors=self.facts.vectors)
+        return bool(self.facts.layers) and not self._known(compare_keys)
 
     def _no_vectors(self) -> str:
         """Why vectors cannot stand in this model's input, if they cannot, or do not what words do."""

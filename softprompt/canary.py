@@ -221,7 +221,7 @@ class _Trial:
     def alone(self, ids: Tensor, **more: Any) -> Tensor:
         """The states `[B, T, …]` of the base model by itself."""
         use = {"use_cache": False} if api.takes_option(self.base.forward, "use_cache") else {}
-        return states(self.base(input_ids=ids, return_dict=True, **use, **more))
+        return states(self.base(input_ids=ids, return_dict=True, **use, **api.without_losses(self.base), **more))
 
 
 @contextmanager
@@ -294,7 +294,7 @@ def _onward(trial: _Trial, call: Callable[[Call], Any], exact: bool) -> Iterator
     """
     long, short = trial.long, trial.short
     ids, mask = trial.rows()
-    more: dict[str, Any] = {"return_dict": True}
+    more: dict[str, Any] = {"return_dict": True, **api.without_losses(trial.base)}
     nexts = trial.ids[[0, 1, 1], [LENGTH + long, LENGTH + short, LENGTH + short]][:, None]
     if exact:
         want = trial.alone(trial.ids)[:, LENGTH:]

@@ -16,7 +16,7 @@ from softprompt import transformers_api as api
 from softprompt.base_model import BaseModel
 from softprompt.canary import FOLDED, KEYS, ROWS, Comparison, compare_folded, compare_keys, compare_rows, verdict
 from softprompt.config import EmbeddingConfig
-from softprompt.elsewhere import own_class, word_table
+from softprompt.elsewhere import own_class
 from softprompt.errors import ConfigError, SoftPromptError
 from softprompt.prompt import METHODS
 from softprompt.stacking import unwrapped
@@ -159,7 +159,7 @@ def _report(base: PreTrainedModel, way: str, facts: list[Fact], rows: list[Row])
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }
-    words = str(word_table(base).dtype).removeprefix("torch.")
+    words = str(base.dtype).removeprefix("torch.")
     return Report(own_class(base).__name__, api.backend_of(base.config), words, way, versions, facts, rows)
 
 

@@ -188,6 +188,7 @@ def probe(way: Way, known: Facts | None = None) -> tuple[Facts, KV]:
     way.sharing = found.sharing
     attending = len(found.modules) + len(found.sharing)
     foldable = causal and not api.keeps_state(base) and attending >= api.number_of_layers(base)
+    foldable = foldable and api.picked_keys(base) is None
     facts = _facts(
         way,
         found,
@@ -219,7 +220,7 @@ def _try_masks(way: CacheWay) -> None:
         hole = torch.tensor([[1, 0, 1]], device=ids.device)
         padded = body(input_ids=ids, attention_mask=hole, use_cache=False, return_dict=True)[0][0, -1]
         alone = body(input_ids=ids[:, [0, 2]], use_cache=False, return_dict=True)[0][0, -1]
-    if _apart(padded, alone) > _HALF_EQUAL:
+    if _apart(padded, alone) > (1e-4 if padded.dtype in (torch.float32, torch.float64) else _HALF_EQUAL):
         way.limits = replace(way.limits, reach=1)
 
 
@@ -354,6 +355,9 @@ def _no_interface(base: PreTrainedModel) -> str:
 
 def _no_prefix(base: PreTrainedModel, found: Recording, causal: bool) -> str:
     """Why no keys and values can be put before this model's own."""
+    picked = api.picked_keys(base)
+    if found.modules and picked is not None:
+        return f"{type(base).__name__} picks the {picked} keys that a token sees by an index, which no prefix is in"
     if found.modules:
         return ""
     if causal and api.keeps_state(base):
@@ -367,13 +371,15 @@ def refuses_vectors(base: PreTrainedModel) -> str:
     body = api.own(base)
     if not api.takes(body.forward, "inputs_embeds"):
         return f"{type(base).__name__} takes no vectors in place of words"
-    vectors = 1.5 * embed_words(words_of(base), plain_ids(base, 2))  # no words
-    inputs: dict[str, Any] = {"inputs_embeds": vectors}
-    if is_encoder_decoder(base):
-        inputs["decoder_input_ids"] = plain_ids(base, 2)
+    if api.pads_inside(base):
+        return f"{type(base).__name__} fills its rows up to a multiple of a chunk, and vectors otherwise than ids"
+    inputs: dict[str, Any] = {"decoder_input_ids": plain_ids(base, 2)} if is_encoder_decoder(base) else {}
     try:
         with evaluating(base), at_hand(base):
+            inputs["inputs_embeds"] = 1.5 * embed_words(words_of(base), plain_ids(base, 2))  # no words
             body(**inputs, use_cache=False)
+            if api.classifies_rows(base) and not is_encoder_decoder(base):  # whose head may ask for ids
+                base(**inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the model's own refusal, which is the reason that a prompt in its input is refused

@@ -59,7 +59,8 @@ OF_THE_BASE = frozenset({
     "is_quantized", "loss_function", "main_input_name", "model_tags", "name_or_path", "num_parameters",
     "quantization_method", "resize_token_embeddings", "set_attn_implementation", "supports_gradient_checkpointing",
     "tie_weights", "vocab_size", "warnings_issued", "is_parallelizable", "model_parallel", "framework",
-    "set_input_embeddings", "set_output_embeddings",
+    "set_input_embeddings", "set_output_embeddings", "prepare_decoder_input_ids_from_labels",
+    "compute_transition_scores",
 })  # fmt: skip
 """What a prompted model answers for its base model, which in anything else it has knows nothing of a prompt."""
 

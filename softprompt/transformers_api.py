@@ -421,6 +421,21 @@ def uses_cache_by_default(body: PreTrainedModel) -> bool:
     return bool(getattr(body.config, "use_cache", False))
 
 
+def without_losses(base: PreTrainedModel) -> dict[str, Any]:
+    """What keeps a model from adding the experts' loss to a call that has no labels."""
+    return {"output_router_logits": False} if getattr(text_config(base), "output_router_logits", False) else {}
+
+
+def picked_keys(base: PreTrainedModel) -> int | None:
+    """How many keys a token sees, where a layer picks them by an index of its own beside keys and values; None: all."""
+    return getattr(text_config(base), "index_topk", None)
+
+
+def pads_inside(base: PreTrainedModel) -> bool:
+    """Whether a model fills its rows up to a multiple of a chunk, ids but not what is given in their place."""
+    return getattr(base.config, "lsh_attn_chunk_length", None) is not None
+
+
 def classifies_rows(base: PreTrainedModel) -> bool:
     """Whether a model has one output per row, read off its last token."""
     return type(base).__name__.endswith("ForSequenceClassification")

@@ -138,7 +138,7 @@ def test_narrow_types_are_not_taken_for_errors(name: str, spread: float, dtype: 
 def test_a_real_error_is_found_in_every_type(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real tokens at the positions of the virtual ones."""
     base = wide(name, 0.2).to(dtype)
-    way, facts = probed(base)
+    way, facts, _ = probed(base)
     assert all(each.good for each in compare_keys(way, facts))
     from softprompt.injection.scope import Scope
 

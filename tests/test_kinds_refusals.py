@@ -161,7 +161,7 @@ def test_every_prompt_works_or_is_refused_with_another_remedy(name: str) -> None
         assert "another model" in refused["prefix_tuning"]
 
 
-@pytest.mark.parametrize("name", ["xlnet", "openai_gpt"])
+@pytest.mark.parametrize("name", ["openai_gpt"])  # (XLNet's own states change with padding: it is refused)
 def test_vectors_in_the_rows_of_models_with_code_of_their_own(name: str) -> None:
     model = made(HALF[name], "prompt_tuning")
     batch = tiny.ragged((5, 9), "right")

@@ -9,6 +9,7 @@ import tiny
 import torch
 from ragged_kit import PLAIN, TOKENS, Model
 
+from softprompt.call import Call
 from softprompt.config import Placement
 
 SIDES = ("left", "right")
@@ -25,7 +26,7 @@ def check_logits(model: Model, kind: str, side: str, placement: Placement = FRON
     batch = tiny.ragged(TOKENS if masked else (5,) * len(TOKENS), side=side)
     given = batch if masked else {"input_ids": batch["input_ids"]}
     with torch.no_grad():
-        got = model.run(joined, placement).forward(dict(given)).logits
+        got = model.run(joined, placement).forward(Call.of(dict(given))).logits
         for row, ids in enumerate(kit.each_row(batch)):
             expected = model.forward_alone(single[row], placement, input_ids=ids).logits[0]
             kit.close(got[row][batch["attention_mask"][row].bool()], expected)
@@ -97,7 +98,7 @@ def check_loss(model: Model, kind: str, side: str, placement: Placement = FRONT,
     leaves, joined, single = model.prompts(kind)
     batch = tiny.ragged(TOKENS, side=side)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    got = model.run(joined, placement).forward({**batch, "labels": labels}).loss
+    got = model.run(joined, placement).forward(Call.of({**batch, "labels": labels})).loss
     total, count = torch.zeros(()), 0
     for row, ids in enumerate(kit.each_row(batch)):
         prompt = single[row]
@@ -140,12 +141,12 @@ def test_gradient_checkpointing(family: str, kind: str) -> None:
     leaves, joined, _ = model.prompts(kind)
     batch = tiny.ragged(TOKENS)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    plain = model.run(joined).forward({**batch, "labels": labels, "use_cache": False}).loss
+    plain = model.run(joined).forward(Call.of({**batch, "labels": labels, "use_cache": False})).loss
     base: Any = model.base
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     model.base.train()
-    got = model.run(joined).forward({**batch, "labels": labels, "use_cache": False}).loss
+    got = model.run(joined).forward(Call.of({**batch, "labels": labels, "use_cache": False})).loss
     kit.close(got, plain)
     kit.same_gradients(got, plain, leaves)
 
@@ -196,9 +197,9 @@ def test_later_steps_of_rows_with_vectors_in_them() -> None:
     ids, mask = batch["input_ids"], batch["attention_mask"]
     first = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "use_cache": True}
     with torch.no_grad():
-        cache = hf_cache.of(model.run(joined).forward(first))
+        cache = hf_cache.of(model.run(joined).forward(Call.of(first)))
         rest = {"input_ids": ids[:, -1:], "attention_mask": mask, **hf_cache.given(model.base, cache)}
-        got = model.run(joined).forward(rest).logits[:, -1]
+        got = model.run(joined).forward(Call.of(rest)).logits[:, -1]
         for row, own in enumerate(kit.each_row(batch)):
             kit.close(got[row], model.forward_alone(single[row], input_ids=own).logits[0, -1])
 
@@ -214,6 +215,6 @@ def test_eager_attention(family: str, kind: str) -> None:
     placement = AFTER if kind == "both" and task == "CAUSAL_LM" else FRONT
     real = batch["attention_mask"].bool() if task != "SEQ_2_SEQ_LM" else ...
     with torch.no_grad():
-        expected = model.run(joined, placement).forward(dict(given)).logits[real]
+        expected = model.run(joined, placement).forward(Call.of(dict(given))).logits[real]
         model.base.set_attn_implementation("eager")
-        kit.close(model.run(joined, placement).forward(dict(given)).logits[real], expected)
+        kit.close(model.run(joined, placement).forward(Call.of(dict(given))).logits[real], expected)

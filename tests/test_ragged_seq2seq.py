@@ -10,6 +10,7 @@ import torch
 from ragged_kit import PLAIN, ROWS, TOKENS, Model
 from torch import Tensor
 
+from softprompt.call import Call
 from softprompt.config import Placement
 from softprompt.errors import ConfigError, UnsupportedError
 from softprompt.prompt import KV, Embeddings
@@ -33,7 +34,7 @@ def test_logits_loss_and_gradients(family: str, kind: str, side: str) -> None:
     model = Model(family, "SEQ_2_SEQ_LM")
     leaves, joined, single = model.prompts(kind)
     batch, labels = tiny.ragged(TOKENS, side=side), targets()
-    got = model.run(joined).forward({**batch, "labels": labels})
+    got = model.run(joined).forward(Call.of({**batch, "labels": labels}))
     total = torch.zeros(())
     for row, ids in enumerate(kit.each_row(batch)):
         own = labels[row][labels[row] >= 0][None]
@@ -55,7 +56,7 @@ def test_each_part_of_a_prefix_by_itself(family: str, part: str) -> None:
         return replace(kv, **{name: () for name in ("layers", "cross", "encoder") if name != part})
 
     with torch.no_grad():
-        got = model.run(alone(joined)).forward({**batch, "decoder_input_ids": written}).logits
+        got = model.run(alone(joined)).forward(Call.of({**batch, "decoder_input_ids": written})).logits
         for row, ids in enumerate(kit.each_row(batch)):
             prompt = None if single[row] is None else alone(single[row])
             expected = model.forward_alone(prompt, input_ids=ids, decoder_input_ids=written[row : row + 1])
@@ -69,7 +70,7 @@ def test_without_a_mask(family: str, kind: str) -> None:
     _, joined, single = model.prompts(kind)
     ids, written = (torch.randint(3, tiny.VOCAB, (len(ROWS), length)) for length in (5, 3))
     with torch.no_grad():
-        got = model.run(joined).forward({"input_ids": ids, "decoder_input_ids": written}).logits
+        got = model.run(joined).forward(Call.of({"input_ids": ids, "decoder_input_ids": written})).logits
         for row in range(len(ROWS)):
             own: dict[str, Any] = {"input_ids": ids[row : row + 1], "decoder_input_ids": written[row : row + 1]}
             kit.close(got[row], model.forward_alone(single[row], **own).logits[0])
@@ -83,8 +84,8 @@ def test_vectors_for_the_decoders_words(family: str, kind: str) -> None:
     batch, written = tiny.ragged(TOKENS), torch.randint(3, tiny.VOCAB, (len(ROWS), 3))
     words = model.base.get_decoder().get_input_embeddings()(written)
     with torch.no_grad():
-        expected = model.run(joined).forward({**batch, "decoder_input_ids": written})
-        got = model.run(joined).forward({**batch, "decoder_inputs_embeds": words})
+        expected = model.run(joined).forward(Call.of({**batch, "decoder_input_ids": written}))
+        got = model.run(joined).forward(Call.of({**batch, "decoder_inputs_embeds": words}))
     kit.close(got.logits, expected.logits)
 
 
@@ -96,7 +97,7 @@ def test_what_comes_back_covers_real_tokens_only(family: str, placement: Placeme
     batch, written = tiny.ragged(TOKENS, side="left"), torch.randint(3, tiny.VOCAB, (len(ROWS), 3))
     more: dict[str, Any] = {"output_hidden_states": True}
     with torch.no_grad():
-        got = model.run(joined, placement).forward({**batch, "decoder_input_ids": written, **more})
+        got = model.run(joined, placement).forward(Call.of({**batch, "decoder_input_ids": written, **more}))
         assert got.encoder_last_hidden_state.shape[:2] == batch["input_ids"].shape
         for row, ids in enumerate(kit.each_row(batch)):
             own = {"input_ids": ids, "decoder_input_ids": written[row : row + 1], **more}
@@ -142,7 +143,7 @@ def test_heads(family: str, task: str, kind: str) -> None:
     batch = tiny.ragged(TOKENS, side="left")
     batch["input_ids"][:, -1] = tiny.EOS  # where a sequence classifier reads
     with torch.no_grad():
-        got = model.run(joined).forward(dict(batch)).logits
+        got = model.run(joined).forward(Call.of(dict(batch))).logits
         for row, ids in enumerate(kit.each_row(batch)):
             expected = model.forward_alone(single[row], input_ids=ids).logits[0]
             real = batch["attention_mask"][row].bool()
@@ -153,7 +154,7 @@ def test_a_prompt_of_the_decoder_too_is_refused() -> None:
     model = Model("t5", "SEQ_2_SEQ_LM")
     prompt = replace(model.embeddings(model.vectors()), decoder=torch.zeros(4, 2, 32))
     with pytest.raises(UnsupportedError, match="num_transformer_submodules=1"):
-        model.run(prompt).forward({**tiny.ragged(TOKENS), "labels": targets()})
+        model.run(prompt).forward(Call.of({**tiny.ragged(TOKENS), "labels": targets()}))
 
 
 def test_outputs_of_an_encoder_that_saw_no_prompt_are_refused() -> None:
@@ -164,4 +165,4 @@ def test_outputs_of_an_encoder_that_saw_no_prompt_are_refused() -> None:
     for more in ({"attention_mask": torch.ones_like(ids)}, {}):
         for each in (prompt, Embeddings(prompt.vectors[:1])):
             with pytest.raises(ConfigError, match="without the prompt"):
-                model.run(each).forward({"encoder_outputs": encoded, "decoder_input_ids": ids[:, :2], **more})
+                model.run(each).forward(Call.of({"encoder_outputs": encoded, "decoder_input_ids": ids[:, :2], **more}))

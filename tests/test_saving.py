@@ -35,7 +35,7 @@ def trained(family: str, task: str, method: str, steps: int = 2) -> SoftPromptMo
 def train(model: SoftPromptModel, steps: int) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     batch = tiny.ragged()
-    causal = model.peft_config["default"].task_type == "CAUSAL_LM"
+    causal = model.get_output_embeddings() is not None
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100) if causal else torch.tensor([0, 1, 2])
     for _ in range(steps):
         optimizer.zero_grad()

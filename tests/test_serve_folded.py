@@ -133,11 +133,11 @@ def test_a_base_in_a_folder_folds_the_same_and_is_let_go(tmp_path: Path, saved: 
     for found, wanted in zip(read_folded(version.folder, version.digest), model.fold().layers, strict=True):
         assert all(torch.equal(one, other[0]) for one, other in zip(found, wanted, strict=True))
         assert found[0].dtype is getattr(torch, dtype)
-    assert base._door is None
+    assert base._way is None
     assert base.facts == lent("llama").facts
-    assert base._door is None  # which is known without the model
+    assert base._way is None  # which is known without the model
     assert torch.equal(base.words(), model.get_base_model().get_input_embeddings().weight)
-    assert base._door is None
+    assert base._way is None
     assert len(library.nearest("a")) == TOKENS
 
 

