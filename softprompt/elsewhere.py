@@ -77,7 +77,8 @@ def words_of(base: Any) -> Any:
     if not base.config.is_encoder_decoder or not hasattr(base, "get_encoder"):
         return words
     inner: Any = base.get_encoder()
-    own = words if inner is base else inner.get_input_embeddings()
+    asks = inner is not base and hasattr(inner, "get_input_embeddings")  # FSMT's encoder has none to ask for
+    own = inner.get_input_embeddings() if asks else words
     same = isinstance(own, nn.Embedding) and tuple(own.weight.shape) == tuple(words.weight.shape)
     return own if same else words
 
