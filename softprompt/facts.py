@@ -371,6 +371,9 @@ def refuses_vectors(base: PreTrainedModel) -> str:
     body = api.own(base)
     if not api.takes(body.forward, "inputs_embeds"):
         return f"{type(base).__name__} takes no vectors in place of words"
+    picked = api.picked_keys(base)
+    if picked is not None:
+        return f"{type(base).__name__} picks the {picked} keys that a token sees by an index, with a mask otherwise"
     if api.pads_inside(base):
         return f"{type(base).__name__} fills its rows up to a multiple of a chunk, and vectors otherwise than ids"
     inputs: dict[str, Any] = {"decoder_input_ids": plain_ids(base, 2)} if is_encoder_decoder(base) else {}
