@@ -25,6 +25,7 @@ FOLDERS = {
     "softprompt": "the package",
     "benchmarks": "one question, one table per file; results/ holds what they printed",
     "examples": "recipes to copy from",
+    "findings": "what surprised us in other libraries, one script each; not part of the tests",
     "tests": "mirrors the package; offline, on tiny models",
     "tests_vllm": "what needs vLLM, in an environment of its own",
     "scripts": "what made the embedded model, and what makes the generated documents",

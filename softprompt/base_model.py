@@ -131,6 +131,7 @@ class BaseModel:
 def find_way(base: PreTrainedModel, verify: bool = True) -> tuple[Way, Facts]:
     """The way into a model, and its facts; see `BaseModel.of`."""
     found = BaseModel.of(base, verify)
+    found.first = None
     return found.way, found.facts
 
 

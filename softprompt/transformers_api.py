@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +41,11 @@ __all__ = ["CacheLayerMixin", "GradientCheckpointingLayer", "ModelOutput", "Push
 def parameters(call: Callable[..., Any]) -> tuple[str, ...]:
     """The names of what a function takes, in order; those behind decorators are the decorated one's.
 
-    They are kept, as long as the function is: a signature takes longer to read than a small layer to run.
+    Those of functions and methods are kept: a signature takes longer to read than a small layer to run.
     """
     function = getattr(call, "__func__", call)
+    if torch.compiler.is_compiling() or not inspect.isfunction(function):
+        return tuple(inspect.signature(call).parameters)
     known = _PARAMETERS.get(function)
     if known is None:
         names = tuple(inspect.signature(function).parameters)
@@ -52,7 +53,7 @@ def parameters(call: Callable[..., Any]) -> tuple[str, ...]:
     return known
 
 
-_PARAMETERS: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
+_PARAMETERS: dict[Any, tuple[str, ...]] = {}
 """By function; a method's are without its first."""
 
 
