@@ -26,14 +26,13 @@ from transformers import (
 )
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import PushToHubMixin
 
 from softprompt.errors import ConfigError, UnsupportedError
 
-__all__ = ["CacheLayerMixin", "GradientCheckpointingLayer", "ModelOutput", "PushToHubMixin", "TorchDispatchMode"]
+__all__ = ["CacheLayerMixin", "ModelOutput", "PushToHubMixin", "TorchDispatchMode"]
 
 # ---- signatures ----------------------------------------------------------------------------------------------------
 
@@ -325,6 +324,13 @@ def tempered(module: Any, query: Tensor, positions: Tensor, seen: int | Tensor) 
 
 
 # ---- gradient checkpointing ----------------------------------------------------------------------------------------
+
+
+def layers_of(base: nn.Module) -> list[nn.Module]:
+    """The layers that transformers knows as such. (Their class is imported for seconds on older versions.)"""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def can_checkpoint(module: nn.Module) -> bool:

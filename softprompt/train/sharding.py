@@ -24,7 +24,7 @@ from softprompt.loading import pick_device
 from softprompt.model import SoftPromptModel
 from softprompt.prompt import evaluating
 from softprompt.recipe import Recipe
-from softprompt.transformers_api import GradientCheckpointingLayer
+from softprompt.transformers_api import layers_of
 
 # What accelerate's launcher may say about FSDP, what of it holds here, and what to launch with instead.
 _OF_LAUNCHER = {
@@ -92,14 +92,14 @@ def _mesh(kind: str, size: int | None) -> Any:
     return init_device_mesh(kind, (processes // size, size), mesh_dim_names=("copies", "parts"))
 
 
-def _layers(base: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+def _layers(base: PreTrainedModel) -> list[nn.Module]:
     if not dist.is_available() or not dist.is_initialized():
         raise ConfigError("a base model is shared out among processes, and torch.distributed is not started; start it")
     if sharded(base):
         raise ConfigError(f"this {type(base).__name__} is shared out already; do that once.")
     if offloaded(base):
         raise ConfigError("a base model whose weights are on disk cannot be shared out; load it without device_map.")
-    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_of(base)
     if not layers:
         raise UnsupportedError(
             f"{type(base).__name__} has no layers that transformers knows as such, so they cannot be shared out; run "
@@ -108,7 +108,7 @@ def _layers(base: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     return layers
 
 
-def _whole(base: PreTrainedModel, layers: list[GradientCheckpointingLayer]) -> set[nn.Parameter]:
+def _whole(base: PreTrainedModel, layers: list[nn.Module]) -> set[nn.Parameter]:
     """What every process keeps: what trains, what is small, and tables in layers that others look things up in."""
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     tables = {id(part.weight) for layer in layers for part in layer.modules() if isinstance(part, nn.Embedding)}
