@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from softprompt import transformers_api as api
 from softprompt.canary import FAR, Comparison, compare_folded, compare_keys, compare_rows, verdict
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
-from softprompt.elsewhere import own_class, word_table
+from softprompt.elsewhere import own_class, sharded, word_table
 from softprompt.errors import UnsupportedError
 from softprompt.facts import Facts, probe, probed, refuses_vectors
 from softprompt.injection.cache_kv import CacheWay, fills_cache
@@ -113,7 +113,7 @@ class BaseModel:
 
     def _known(self, compare: Any) -> str:
         """The verdict of a comparison, which is made once for all models of a class, config and backend."""
-        if not self.verify:
+        if not self.verify or sharded(self.base):  # parts of a model that is shared out cannot be called alone
             return ""
         key = (compare.__name__, self.way.name, self.far, *_key(self.base))
         with _LOCK:
