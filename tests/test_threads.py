@@ -267,6 +267,7 @@ def test_threads_share_a_model(family: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_threads_share_models_at_length() -> None:
     """8 threads × 500 calls, over decoders, an encoder and encoder-decoders at once."""
     _all_right(shared([calls_of(family) for family in MODELS], THREADS, 500, seed=1), THREADS * 500)
