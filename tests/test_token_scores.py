@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt import ConfigError, PrefixTuningConfig, PromptTuningConfig, SoftPromptModel, get_peft_model
+from softprompt.call import Call
 from softprompt.model import run_for
 from softprompt.running.token_scores import WANTED, Asked, token_scores
 from softprompt.transformers_api import pop_fused_scores
@@ -45,9 +46,9 @@ def labelled(side: str) -> dict[str, Tensor]:
 
 
 def scores_of(model: SoftPromptModel, batch: dict[str, Tensor], enabled: bool = True, **more: Any) -> Any:
-    inputs = {**batch, "return_dict": True}
+    call = Call.of({**batch, "return_dict": True})
     run = run_for(model, None, None, None, labelled=True) if enabled else None
-    return token_scores(model.base_model, run, inputs, **more)
+    return token_scores(model.base_model, run, call, **more)
 
 
 def ahead_of(model: SoftPromptModel, ids: Tensor) -> list[Tensor | None]:
