@@ -102,7 +102,7 @@ def read_whole(name: str, folder: Path, loader: Loader) -> tuple[SavedAdapter, L
             found = error
         except OSError as error:
             found = CheckpointError(f"{folder} cannot be read ({reason(error)}).")
-        if not same(str(folder), stamps) or half_written(str(folder)):
+        if half_written(str(folder)) or not same(str(folder), stamps):  # in this order, as in the store
             time.sleep(PAUSE)  # some of what was read may be old and some new
             continue
         if isinstance(found, SoftPromptError):

@@ -195,7 +195,7 @@ class PromptStore:
                     found = self._read(name, folder, version, loader)
                 except SoftPromptError as error:
                     found = error
-                if not same(folder, version) or half_written(folder):
+                if half_written(folder) or not same(folder, version):  # in this order: the last rename ends the first
                     time.sleep(PAUSE)  # some of what was read may be old and some new
                     continue
                 if isinstance(found, SoftPromptError):
