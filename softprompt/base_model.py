@@ -16,11 +16,11 @@ from softprompt.canary import FAR, Comparison, compare_folded, compare_keys, com
 from softprompt.config import EmbeddingConfig, Placement, PromptConfig
 from softprompt.elsewhere import own_class, sharded, word_table
 from softprompt.errors import UnsupportedError
-from softprompt.facts import Facts, probe, probed, refuses_vectors
+from softprompt.facts import Facts, Tried, probe, probed, refuses_vectors
 from softprompt.injection.cache_kv import CacheWay, fills_cache
 from softprompt.injection.contract import Way
 from softprompt.injection.interface import BACKENDS, own_backend
-from softprompt.prompt import KV, evaluating
+from softprompt.prompt import evaluating
 from softprompt.stacking import has_layers
 
 _LOCK = Lock()
@@ -42,8 +42,8 @@ class BaseModel:
     verify: bool = True
     far: int = FAR
     compared: list[Comparison] = field(default_factory=list)
-    first: KV | None = None
-    """What the layers made of the first tokens that the model was tried with."""
+    tried: Tried | None = None
+    """What the model made of the tokens that it was tried with."""
 
     @staticmethod
     def of(base: PreTrainedModel, verify: bool = True, far: int = FAR) -> BaseModel:
@@ -52,8 +52,8 @@ class BaseModel:
         On a causal model keys and values are compared at once, since vectors are folded into them; what else is
         compared when a prompt of its kind comes (`trust`).
         """
-        way, facts, first = probed(base)
-        found = BaseModel(way, facts, verify, far, first=first)
+        way, facts, tried = probed(base)
+        found = BaseModel(way, facts, verify, far, tried=tried)
         if found.facts.causal and found.facts.layers:
             found._trust_keys()
         found.facts = replace(found.facts, vectors=found._no_vectors)
@@ -77,6 +77,7 @@ class BaseModel:
                 raise UnsupportedError(f"{reason}; use placement='front', or prefix_tuning.")
         elif not self.facts.causal and not self.facts.no_prefix:
             self._trust_keys()
+        _ = self.facts.padding  # tried now, and not inside a call that is compiled or exported
 
     def _trust_keys(self) -> None:
         """Keys and values through this way, else through the cache; facts say where neither is right."""
@@ -85,10 +86,10 @@ class BaseModel:
             return
         plain = own_backend(api.own(self.base).config) in BACKENDS
         if plain and not isinstance(self.way, CacheWay) and self.facts.foldable and fills_cache(self.base):
-            before = self.way, self.facts, self.first
+            before = self.way, self.facts, self.tried
             if self._through_the_cache():
                 return
-            self.way, self.facts, self.first = before
+            self.way, self.facts, self.tried = before
         self.facts = replace(self.facts, no_prefix=reason, foldable=False)
 
     def _through_the_cache(self) -> bool:
@@ -96,7 +97,7 @@ class BaseModel:
         self.way = CacheWay(self.base)
         try:
             with torch.no_grad(), evaluating(self.base):
-                seen, self.first = probe(self.way, self.facts)
+                seen, self.tried = probe(self.way, self.facts)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # its layers ask their cache for more than keys and values; the first reason stays
@@ -119,9 +120,7 @@ class BaseModel:
         with _LOCK:
             found = _KNOWN.get(key)
         if found is None:
-            arguments: tuple[Any, ...] = () if compare is compare_folded else (self.far,)
-            arguments += () if compare is compare_rows else (self.first,)
-            found = compare(self.way, self.facts, *arguments)
+            found = compare(self.way, self.facts, self.far, self.tried)
             with _LOCK:
                 _KNOWN[key] = found
         self.compared += [each for each in found if each not in self.compared]
@@ -131,7 +130,7 @@ class BaseModel:
 def find_way(base: PreTrainedModel, verify: bool = True) -> tuple[Way, Facts]:
     """The way into a model, and its facts; see `BaseModel.of`."""
     found = BaseModel.of(base, verify)
-    found.first = None
+    found.tried = None
     return found.way, found.facts
 
 

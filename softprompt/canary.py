@@ -22,14 +22,14 @@ from softprompt import transformers_api as api
 from softprompt.call import Call
 from softprompt.elsewhere import at_hand, embed_words, word_table, words_of
 from softprompt.errors import SoftPromptError
+from softprompt.facts import BEHIND, Facts, Tried, ids_to_try, reader, record, states, states_of
 from softprompt.facts import FIRST as LENGTH
-from softprompt.facts import Facts, plain_ids, record
 from softprompt.fold import fold
 from softprompt.injection.contract import Way
 from softprompt.prompt import KV, Embeddings, evaluating
 from softprompt.running import Run
 
-SHORT, LONG = 2, 4  # tokens of the rows behind them
+SHORT, LONG = 2, BEHIND - 1  # tokens of the rows behind them, to which one more comes
 FAR = 64
 """A row is made long enough to pass a window or a chunk of so many tokens; `softprompt check` goes further."""
 
@@ -85,27 +85,26 @@ def verdict(base: PreTrainedModel, found: list[Comparison]) -> str:
     )
 
 
-def compare_keys(way: Way, facts: Facts, far: int = FAR, first: KV | None = None) -> list[Comparison]:
-    """Keys and values of real tokens in front of rows, against these tokens in the rows; `first` are the first
-    tokens', where they are known."""
-    trial = _Trial(way, facts, KEYS, far)
+def compare_keys(way: Way, facts: Facts, far: int = FAR, tried: Tried | None = None) -> list[Comparison]:
+    """Keys and values of real tokens in front of rows, against these tokens in the rows; what the model was `tried`
+    with need not be computed again."""
+    trial = _Trial(way, facts, KEYS, far, tried)
     with _quiet(trial.base):
         if facts.encoder_decoder:
             return trial.of(lambda: _written(trial))
         if not facts.causal:
             return trial.of(lambda: _both_ways(trial, keys=True))
-        return trial.of(lambda: _onward(trial, *_keys_of(trial, first)))
+        return trial.of(lambda: _onward(trial, *_keys_of(trial)))
 
 
-def compare_folded(way: Way, facts: Facts, first: KV | None = None) -> list[Comparison]:
-    """The keys and values that vectors of real tokens are folded into, against those of the tokens themselves (`first`,
-    where they are known)."""
-    trial = _Trial(way, facts, FOLDED, 0)
+def compare_folded(way: Way, facts: Facts, far: int = FAR, tried: Tried | None = None) -> list[Comparison]:
+    """The keys and values that vectors of real tokens are folded into, against those of the tokens themselves."""
+    trial = _Trial(way, facts, FOLDED, 0, tried)
 
     def compare() -> Iterator[Comparison]:
         vectors = embed_words(words_of(trial.base), trial.prompt)
         both = torch.cat([vectors, 1.5 * vectors])  # the second are no words, which a model may want to look up
-        want = _recorded(trial, trial.prompt) if first is None else first
+        want = _recorded(trial)
         got = fold(trial.way, Embeddings(both)).map(lambda part: part[:1])
         found = [
             trial.compared("every layer's", own.transpose(1, 2).flatten(2), true.transpose(1, 2).flatten(2))
@@ -118,9 +117,9 @@ def compare_folded(way: Way, facts: Facts, first: KV | None = None) -> list[Comp
         return trial.of(compare)
 
 
-def compare_rows(way: Way, facts: Facts, far: int = FAR) -> list[Comparison]:
+def compare_rows(way: Way, facts: Facts, far: int = FAR, tried: Tried | None = None) -> list[Comparison]:
     """Vectors of real tokens in the rows, against these tokens there."""
-    trial = _Trial(way, replace(facts, foldable=False), ROWS, far)
+    trial = _Trial(way, replace(facts, foldable=False), ROWS, far, tried)
     with _quiet(trial.base):
         if facts.encoder_decoder or not facts.causal:
             return trial.of(lambda: _both_ways(trial, keys=False))
@@ -147,8 +146,8 @@ class _quiet:
 class _Trial:
     """One kind of prompt on one model: the tokens it is tried with, and what is close enough."""
 
-    def __init__(self, way: Way, facts: Facts, kind: str, far: int) -> None:
-        self.way, self.facts, self.kind = without_head(way), facts, kind
+    def __init__(self, way: Way, facts: Facts, kind: str, far: int, tried: Tried | None) -> None:
+        self.way, self.facts, self.kind, self.tried = without_head(way), facts, kind, tried
         self.base = self.way.base
         reach = facts.reach
         self.long = LONG if reach is None or reach > far else max(LONG, reach + 1)
@@ -158,8 +157,7 @@ class _Trial:
                 self.long = max(LONG, min(self.long, facts.context - LENGTH - 1))
         self.passes = reach is not None and self.long > reach
         self.short = self.long - (LONG - SHORT)
-        ids = plain_ids(self.base, LENGTH + self.long + 1)
-        self.ids = torch.cat([ids, torch.cat([ids[:, :LENGTH], ids[:, LENGTH:].flip(1)], dim=1)])
+        self.ids = ids_to_try(self.base, self.long + 1)
         self.dtype = word_table(self.base).dtype
         self._noise: float | None = None
 
@@ -220,8 +218,12 @@ class _Trial:
 
     def alone(self, ids: Tensor, **more: Any) -> Tensor:
         """The states `[B, T, …]` of the base model by itself."""
-        use = {"use_cache": False} if api.takes_option(self.base.forward, "use_cache") else {}
-        return states(self.base(input_ids=ids, return_dict=True, **use, **api.without_losses(self.base), **more))
+        return states_of(self.base, ids, **more)
+
+    def whole(self) -> Tensor:
+        """The states `[2, T, …]` of all the tokens."""
+        known = self.tried is not None and torch.equal(self.tried.ids, self.ids)
+        return self.tried.states if known and self.tried is not None else self.alone(self.ids)
 
 
 @contextmanager
@@ -240,20 +242,14 @@ def _blurred(words: nn.Module) -> Iterator[None]:
 
 
 def without_head(way: Way) -> Way:
-    """The way into a model of words as it is; of another one into its body, since heads ask for rows of their own."""
-    base, body = way.base, api.own(way.base)
-    if base is body or base.get_output_embeddings() is not None:
+    """The way into what of a model tells of each token."""
+    base = reader(way.base)
+    if base is way.base:
         return way
-    inner = type(way)(body)
+    inner = type(way)(base)
     inner.bind(*way.modules)
     inner.sharing, inner.limits = way.sharing, way.limits
     return inner
-
-
-def states(output: Any) -> Tensor:
-    """What of an output belongs to each token: logits, or the last states."""
-    names = ("logits", "last_hidden_state", "start_logits")
-    return next(output[name] for name in names if output.get(name) is not None)
 
 
 def _difference(got: Tensor, want: Tensor) -> float | None:
@@ -272,17 +268,20 @@ def _difference(got: Tensor, want: Tensor) -> float | None:
 # ---- decoders --------------------------------------------------------------------------------------------------------
 
 
-def _recorded(trial: _Trial, ids: Tensor) -> KV:
-    """The model's own keys and values of tokens that begin a row."""
+def _recorded(trial: _Trial) -> KV:
+    """The model's own keys and values of the prompt's tokens."""
+    if trial.tried is not None:
+        return trial.tried.keys
+    ids = trial.prompt
     inputs: dict[str, Any] = {"input_ids": ids}
     if trial.way.takes_positions:
         inputs["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None] + trial.way.position_offset
     return KV(tuple(record(trial.way, inputs)[0].layers))
 
 
-def _keys_of(trial: _Trial, first: KV | None) -> tuple[Callable[[Call], Any], bool]:
+def _keys_of(trial: _Trial) -> tuple[Callable[[Call], Any], bool]:
     """How a call is made with the prompt as keys and values, and whether that is all there is of it."""
-    prefix = _recorded(trial, trial.prompt) if first is None else first
+    prefix = _recorded(trial)
     return (lambda call: trial.way.call(prefix, call)), trial.facts.foldable
 
 
@@ -297,7 +296,7 @@ def _onward(trial: _Trial, call: Callable[[Call], Any], exact: bool) -> Iterator
     more: dict[str, Any] = {"return_dict": True, **api.without_losses(trial.base)}
     nexts = trial.ids[[0, 1, 1], [LENGTH + long, LENGTH + short, LENGTH + short]][:, None]
     if exact:
-        want = trial.alone(trial.ids)[:, LENGTH:]
+        want = trial.whole()[:, LENGTH:]
         first, second = want[0], want[1]
     else:
         plain = Call(ids=trial.ids[:, LENGTH:], rest={"use_cache": False, **more})

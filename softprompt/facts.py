@@ -24,8 +24,9 @@ from softprompt.injection.contract import Limits, Way
 from softprompt.injection.scope import Recording
 from softprompt.prompt import KV, evaluating
 
-FIRST = 3
-"""How many tokens a model is tried with; the canary takes what its layers made of them for a prompt."""
+FIRST, BEHIND = 3, 5
+"""A decoder is tried with two rows that begin with the same tokens, and with how many others behind them; the canary
+takes the first for its prompt, and the rest for its rows."""
 _EQUAL, _HALF_EQUAL = 1e-5, 2e-2
 
 
@@ -48,7 +49,7 @@ class Facts:
     `layers` are the self-attention layers (on encoder-decoders the decoder's; `cross_layers` and `encoder_layers` are
     the others), `hidden_size` the width of the input embeddings, `context` the number of tokens that have a position.
     `foldable`: a prompt in front leaves nothing but keys and values, so it can be computed once for all rows.
-    Two facts cost a trial of their own, which `loss` and `vectors` make when they are first asked for.
+    Three facts cost a trial of their own, which `loss`, `vectors` and `side` make when they are first asked for.
     """
 
     layers: tuple[LayerShape, ...]
@@ -67,6 +68,7 @@ class Facts:
     """Why keys and values cannot reach this model, if they cannot."""
     loss: Callable[[], bool] = field(default=bool, compare=False)
     vectors: Callable[[], str] = field(default=str, compare=False)
+    side: Callable[[], str] = field(default=lambda: "right", compare=False)
     how: Mapping[str, str] = field(default_factory=dict, compare=False)
     """How each fact was found, by its name."""
 
@@ -79,6 +81,11 @@ class Facts:
     def no_vectors(self) -> str:
         """Why vectors cannot stand in the model's input, if they cannot."""
         return self.vectors()
+
+    @cached_property
+    def padding(self) -> str:
+        """On which side of its rows an encoder takes padding: the left where its head reads the last column."""
+        return self.side()
 
     def can_fold(self, placement: Placement) -> bool:
         """Whether the model can take vectors that stand there as keys and values."""
@@ -114,6 +121,16 @@ class Facts:
         )
 
 
+@dataclass(frozen=True)
+class Tried:
+    """What a decoder alone made of the tokens `ids` `[2, T]` that it was tried with: `states` `[2, T, …]` (logits, if
+    it has a head for words), and each layer's `keys` and values of the `FIRST` tokens that both rows begin with."""
+
+    ids: Tensor
+    states: Tensor
+    keys: KV
+
+
 # ---- finding them ----------------------------------------------------------------------------------------------------
 
 
@@ -125,10 +142,34 @@ def record(way: Way, inputs: dict[str, Any]) -> tuple[Recording, Tensor]:
     return recording, output[0]
 
 
-def probed(base: PreTrainedModel) -> tuple[Way, Facts, KV | None]:
+def reader(base: PreTrainedModel) -> PreTrainedModel:
+    """What of a model tells of each token: a model of words itself, another one's body, since heads ask for rows of
+    their own."""
+    return base if base.get_output_embeddings() is not None else api.own(base)
+
+
+def states_of(module: PreTrainedModel, ids: Tensor, **more: Any) -> Tensor:
+    """What a model alone makes of each token of `ids` `[B, T]`: logits, or the last states, `[B, T, …]`."""
+    use = {"use_cache": False} if api.takes_option(module.forward, "use_cache") else {}
+    return states(module(input_ids=ids, return_dict=True, **use, **api.without_losses(module), **more))
+
+
+def states(output: Any) -> Tensor:
+    """What of an output belongs to each token: logits, or the last states."""
+    names = ("logits", "last_hidden_state", "start_logits")
+    return next(output[name] for name in names if output.get(name) is not None)
+
+
+def ids_to_try(base: PreTrainedModel, behind: int = BEHIND) -> Tensor:
+    """Two rows `[2, FIRST + behind]` of tokens, the same `FIRST` in front and others behind."""
+    ids = plain_ids(base, FIRST + behind)
+    return torch.cat([ids, torch.cat([ids[:, :FIRST], ids[:, FIRST:].roll(1)], dim=1)])
+
+
+def probed(base: PreTrainedModel) -> tuple[Way, Facts, Tried | None]:
     """The way into a model, its attention or the cache of a decoder that attends in code of its own, and its facts.
 
-    Also what the layers made of `FIRST` tokens, on models of one stack.
+    Also what it made of the tokens that it was tried with, on models of one stack.
 
     UnsupportedError for a model that this version has no way into, naming what does work, or that does not run.
     """
@@ -158,7 +199,7 @@ def could_not_try(base: PreTrainedModel, what: str, error: Exception) -> Unsuppo
 
 
 @torch.no_grad()
-def _probed(base: PreTrainedModel) -> tuple[Way, Facts, KV | None]:
+def _probed(base: PreTrainedModel) -> tuple[Way, Facts, Tried | None]:
     way = AttentionWay(base)
     if way.encoder_decoder:
         return way, _of_encoder_decoder(way), None
@@ -172,16 +213,16 @@ def _probed(base: PreTrainedModel) -> tuple[Way, Facts, KV | None]:
     return way, facts, first
 
 
-def probe(way: Way, known: Facts | None = None) -> tuple[Facts, KV]:
-    """The facts of a decoder or an encoder by one forward pass, and what the layers made of its first `FIRST` tokens.
+def probe(way: Way, known: Facts | None = None) -> tuple[Facts, Tried]:
+    """The facts of a decoder or an encoder by one forward pass, and what it made of the tokens in that.
 
     What is `known` is not tried again.
     """
     base = way.base
-    found, causal, how = _causal(way)
+    found, tried, causal, how = _causal(way)
     if not found.modules:  # code that asks for its backend by name, as Falcon's does, was not itself
         way.bind([], [], [])
-        found, causal, how = _causal(way)
+        found, tried, causal, how = _causal(way)
     if known is not None:
         causal, how = known.causal, known.how["causal"]
     way.bind(found.modules, [], [])
@@ -201,7 +242,7 @@ def probe(way: Way, known: Facts | None = None) -> tuple[Facts, KV]:
     if isinstance(way, CacheWay):
         _try_masks(way)
     facts = _with(facts, causal=how, foldable="every layer attends, and none keeps a state" if foldable else "")
-    return facts, KV(tuple((key[:1, :, :FIRST], value[:1, :, :FIRST]) for key, value in found.layers))
+    return facts, tried
 
 
 def _try_masks(way: CacheWay) -> None:
@@ -228,24 +269,47 @@ def _with(facts: Facts, **how: str) -> Facts:
     return replace(facts, how={**facts.how, **how})
 
 
-def _causal(way: Way) -> tuple[Recording, bool, str]:
-    """What the layers attend to, whether a token's state depends on none that follows it, and how that was found.
+def _causal(way: Way) -> tuple[Recording, Tried, bool, str]:
+    """What the layers attend to, and whether a token's state depends on none that follows it; how that was found.
 
     Two rows begin with the same tokens. Where the states of these are equal, nothing looked ahead; else the gradient
     tells, which is exactly zero in a decoder whose numbers are rounded by the whole batch.
     """
-    base = way.base
-    ids = plain_ids(base, FIRST + 2)
-    rows = torch.cat([ids[:, : FIRST + 1], torch.cat([ids[:, :FIRST], ids[:, FIRST + 1 :]], dim=1)])
-    found, hidden = record(way, {"input_ids": rows})
+    base, room = way.base, api.context_length(way.base)
+    ids = ids_to_try(base, BEHIND if room is None else max(1, min(BEHIND, room - FIRST)))
+    found, tried, hidden = _tried(way, ids)
     apart = _apart(hidden[0, :FIRST], hidden[1, :FIRST])
     if hidden.dtype in (torch.float32, torch.float64) and apart <= _EQUAL:
-        return found, True, "the first states with another last token are the same"
-    causal = _looks_back(way, ids[:, :2]) if found.modules or not way.modules[0] else None
+        return found, tried, True, "the first states with others behind them are the same"
+    causal = _looks_back(way, ids[:1, :2]) if found.modules or not way.modules[0] else None
     if causal is not None:
-        return found, causal, f"gradient of the first state to the second token: {'' if causal else 'not '}0"
+        return found, tried, causal, f"gradient of the first state to the second token: {'' if causal else 'not '}0"
     causal = apart <= _HALF_EQUAL
-    return found, causal, f"the first states with another last token are {'' if causal else 'not '}the same"
+    return (
+        found,
+        tried,
+        causal,
+        f"the first states with other tokens behind them are {'' if causal else 'not '}the same",
+    )
+
+
+def _tried(way: Way, ids: Tensor) -> tuple[Recording, Tried, Tensor]:
+    """A model tried with rows of tokens: what its layers attended to, what it gave, and its body's last states."""
+    base, bodies = way.base, list[Tensor]()
+    recording, thread = Recording(), get_ident()
+
+    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if get_ident() == thread:
+            bodies.append(output[0])
+
+    handle = api.own(base).register_forward_hook(keep)
+    try:
+        with at_hand(base), way.recorded(recording):
+            given = states_of(reader(base), ids)
+    finally:
+        handle.remove()
+    keys = KV(tuple((key[:1, :, :FIRST], value[:1, :, :FIRST]) for key, value in recording.layers))
+    return recording, Tried(ids, given, keys), bodies[-1] if bodies else given
 
 
 def _looks_back(way: Way, ids: Tensor) -> bool | None:
@@ -339,6 +403,7 @@ def _facts(way: Way, found: Recording, **facts: Any) -> Facts:
         position_offset=offset,
         loss=partial(_divides_loss, base) if facts["causal"] or facts.get("encoder_decoder") else bool,
         vectors=partial(refuses_vectors, base),
+        side=(lambda: "right") if facts["causal"] else partial(_side_of_padding, base),
         how={
             "layers": f"what each attended to in one forward pass, through its {way.name}",
             "hidden_size": "the table of word embeddings",
@@ -389,6 +454,21 @@ def refuses_vectors(base: PreTrainedModel) -> str:
         first = (str(error).strip().splitlines() or [""])[0]
         return f"{type(base).__name__} takes no vectors in place of words ({type(error).__name__}: {first})"
     return ""
+
+
+@torch.no_grad()
+def _side_of_padding(base: PreTrainedModel) -> str:
+    """The side on which padding changes nothing of what a classifier of rows says; the right, if neither or both."""
+    if not api.classifies_rows(base) or is_encoder_decoder(base):
+        return "right"
+    ids = plain_ids(base, 4)
+    with evaluating(base), at_hand(base):
+        alone = base(input_ids=ids[:, :3], return_dict=True).logits
+        for side, row, mask in (("right", ids, [1, 1, 1, 0]), ("left", ids.roll(1), [0, 1, 1, 1])):
+            found = base(input_ids=row, attention_mask=torch.tensor([mask], device=ids.device), return_dict=True)
+            if _apart(alone, found.logits) <= (1e-3 if alone.dtype in (torch.float32, torch.float64) else _HALF_EQUAL):
+                return side
+    return "right"
 
 
 @torch.no_grad()

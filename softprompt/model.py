@@ -97,7 +97,7 @@ class SoftPromptModel(PushToHubMixin, InLoops):
         self.heads = Heads(model)
         self.active_adapter = adapter_name
         self.add_adapter(adapter_name, peft_config)
-        self.found.first = None  # what the model was tried with is no more needed
+        self.found.tried = None  # what the model was tried with is no more needed
         freeze(model)  # last: a config that does not fit leaves the model as it was
         self.set_adapter(adapter_name)
         leave_base_out(self)

@@ -212,3 +212,18 @@ def test_media_with_a_prompt_inside_the_rows_are_refused_with_what_helps() -> No
     model = get_peft_model(base, config).eval()
     with pytest.raises(UnsupportedError, match=r"media there; use placement='front' or prefix_tuning\.$"):
         model(input_ids=torch.arange(3, 8)[None], pixel_values=torch.zeros(1, 3, 8, 8))
+
+
+def test_a_classifier_that_reads_the_last_column_gets_its_padding_on_the_left() -> None:
+    """XLNet, an encoder, says of a padded batch of rows with a prompt what it says of prompt and row alone."""
+    base = _of(hf.XLNetForSequenceClassification, hf.XLNetConfig, vocab_size=V, d_model=32, n_layer=2, n_head=4,
+               d_inner=48, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2)()  # fmt: skip
+    prompt, rows = torch.tensor([[5, 6, 7]]), [torch.tensor([[11, 12, 13]]), torch.tensor([[14, 15, 16, 17, 18, 19]])]
+    with torch.no_grad():
+        wanted = torch.cat([base(torch.cat([prompt, row], dim=1)).logits for row in rows])
+        model = get_peft_model(base, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)).eval()
+        next(iter(model.encoder().parameters())).copy_(base.get_input_embeddings()(prompt)[0])
+        for left in (True, False):
+            pad = [torch.nn.functional.pad(row, (6 - row.shape[1], 0) if left else (0, 6 - row.shape[1])) for row in rows]
+            ids = torch.cat(pad)
+            torch.testing.assert_close(model(input_ids=ids, attention_mask=(ids != 0).long()).logits, wanted)

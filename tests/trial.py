@@ -23,6 +23,7 @@ from softprompt import SoftPromptError, SoftPromptModel
 LENGTHS, STEPS = (3, 6), 4
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None, "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
 CONFIGS = {"prompt_tuning": softprompt.PromptTuningConfig, "prefix_tuning": softprompt.PrefixTuningConfig}
+SIDES = ("left", "right")
 RIGHT, REFUSED, WRONG, RAW, NOT_TRIED = "right", "refused", "wrong", "raw", "not tried"
 
 
@@ -92,7 +93,7 @@ class Subject:
         facts["row is seen"] = difference(self.whole[1], shifted) > 1e-3
         facts["bare takes vectors"] = self._bare_takes_vectors()
         facts["bare repeats itself"] = difference(self.whole[1], self.bare(self.rows[1], 1)) < TOLERANCE
-        for side in ("left", "right"):
+        for side in SIDES:
             facts[f"bare takes {side} padding"] = self._bare_takes(side)
         return facts
 
@@ -248,6 +249,8 @@ class Subject:
             if pick.per_token and not self.decodes:
                 own = own[-row.shape[1] :] if side == "left" else own[: row.shape[1]]
             found.append(min(difference(each, own) for each in (wanted, *pick.also)))
+        if max(found) >= TOLERANCE and not self.per_token and not any(self.facts[f"bare takes {s} padding"] for s in SIDES):
+            raise NotHere("the bare model's head says something else of a row with padding on either side")
         return max(found)
 
     def _wanted(self, prefixes: Prefixes | None, number: int) -> tuple[Tensor, Pick]:

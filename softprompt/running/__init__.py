@@ -148,10 +148,11 @@ class Run:
         )
 
     def _forward_rows(self, call: Call) -> Any:
-        """Where a row's own columns matter: on encoders (heads read column 0), and with a label for every token."""
+        """Where a row's own columns matter: on encoders (heads read the first or last), and with a label for every
+        token."""
         if self.facts.causal:
             call = (call if call.packed else call.with_mask()).without_cache()
-        call, placement = self.placed(call, self.vectors, "right")
+        call, placement = self.placed(call, self.vectors, self.facts.padding)
         return placement.restore(self.way.call(self.kv, call))
 
     def placed(self, call: Call, vectors: Embeddings | None, padding: str) -> tuple[Call, Any]:
