@@ -77,6 +77,8 @@ class BaseModel:
                 raise UnsupportedError(f"{reason}; use placement='front', or prefix_tuning.")
         elif not self.facts.causal and not self.facts.no_prefix:
             self._trust_keys()
+        if isinstance(config, EmbeddingConfig) and not self.facts.causal and self.facts.no_vectors:
+            self._trust_keys()  # so that the refusal advises them only where they are right
         _ = self.facts.padding  # tried now, and not inside a call that is compiled or exported
 
     def _trust_keys(self) -> None:

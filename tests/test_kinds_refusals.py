@@ -150,15 +150,9 @@ def test_every_prompt_works_or_is_refused_with_another_remedy(name: str) -> None
             with torch.no_grad():
                 ids = torch.arange(3, 8)[None]
                 model(input_ids=ids, **({"decoder_input_ids": ids} if name == "bert2bert" else {}))
-    for method, text in refused.items():
-        remedy = text.rpartition("; use ")[2]
+    for text in refused.values():
         assert one_sentence(text), text
-        assert method not in remedy, text
-        if len(refused) < len(METHODS) and "prompt_tuning" in remedy:
-            assert "prompt_tuning" not in refused
-    if len(refused) == len(METHODS):
-        assert sum("prefix_tuning" in text.rpartition("; use ")[2] for text in refused.values()) <= 2
-        assert "another model" in refused["prefix_tuning"]
+        assert not any(method in text.rpartition("; use ")[2] for method in refused), text
 
 
 @pytest.mark.parametrize("name", ["openai_gpt"])  # (XLNet's own states change with padding: it is refused)
@@ -224,6 +218,7 @@ def test_a_classifier_that_reads_the_last_column_gets_its_padding_on_the_left() 
         model = get_peft_model(base, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)).eval()
         next(iter(model.encoder().parameters())).copy_(base.get_input_embeddings()(prompt)[0])
         for left in (True, False):
-            pad = [torch.nn.functional.pad(row, (6 - row.shape[1], 0) if left else (0, 6 - row.shape[1])) for row in rows]
-            ids = torch.cat(pad)
+            gaps = [6 - row.shape[1] for row in rows]
+            sides = [(gap, 0) if left else (0, gap) for gap in gaps]
+            ids = torch.cat([torch.nn.functional.pad(row, side) for row, side in zip(rows, sides, strict=True)])
             torch.testing.assert_close(model(input_ids=ids, attention_mask=(ids != 0).long()).logits, wanted)

@@ -249,7 +249,11 @@ class Subject:
             if pick.per_token and not self.decodes:
                 own = own[-row.shape[1] :] if side == "left" else own[: row.shape[1]]
             found.append(min(difference(each, own) for each in (wanted, *pick.also)))
-        if max(found) >= TOLERANCE and not self.per_token and not any(self.facts[f"bare takes {s} padding"] for s in SIDES):
+        if (
+            max(found) >= TOLERANCE
+            and not self.per_token
+            and not any(self.facts[f"bare takes {s} padding"] for s in SIDES)
+        ):
             raise NotHere("the bare model's head says something else of a row with padding on either side")
         return max(found)
 
