@@ -15,8 +15,10 @@ from softprompt.errors import ConfigError, SoftPromptError, UnsupportedError
 from softprompt.serve.vllm.connector import SoftPromptConnector
 
 
-def start(policy: str = "fail", method: str | None = None, layers: int = 2, **parallel: int) -> SoftPromptConnector:
-    """Of a model with two layers."""
+def start(
+    policy: str = "fail", method: str | None = None, layers: int = 2, routed: bool | None = None, **parallel: int
+) -> SoftPromptConnector:
+    """Of a model with two layers; `routed`: whether vLLM 0.33 returns the experts that it chose, None: an earlier one."""
     extra: dict[str, Any] = {"objects": "there"}
     transfer = SimpleNamespace(kv_connector_extra_config=extra, kv_load_failure_policy=policy)
     sizes = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
@@ -28,6 +30,7 @@ def start(policy: str = "fail", method: str | None = None, layers: int = 2, **pa
         speculative_config=speculative,
         parallel_config=SimpleNamespace(**{**dict.fromkeys(sizes, 1), **parallel}),
         model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 2),
+        **({} if routed is None else {"aux_output_config": SimpleNamespace(enabled=routed)}),
     )
     spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
     group = KVCacheGroupSpec([f"model.layers.{number}.attn" for number in range(layers)], spec)
@@ -38,6 +41,7 @@ def start(policy: str = "fail", method: str | None = None, layers: int = 2, **pa
 @pytest.mark.parametrize("method", [None, "ngram", "suffix", "medusa"])
 def test_what_works(method: str | None) -> None:
     assert not start(method=method).requires_kv_delivery
+    assert not start(method=method, routed=False).requires_kv_delivery
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,7 @@ def test_what_works(method: str | None) -> None:
         ({"method": "eagle3"}, UnsupportedError, "'eagle3'"),
         ({"method": "mtp"}, UnsupportedError, "'mtp'"),
         ({"method": "draft_model"}, UnsupportedError, "'draft_model'"),
+        ({"routed": True}, ConfigError, "--enable-return-routed-experts"),
         ({"layers": 3}, UnsupportedError, "3 layers"),
         ({"pipeline_parallel_size": 2}, ConfigError, "pipeline_parallel_size=2"),
         ({"decode_context_parallel_size": 2}, ConfigError, "decode_context_parallel_size=2"),

@@ -286,6 +286,12 @@ def _check(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name) != 1:
             raise ConfigError(f"{name}={getattr(parallel, name)}: prompts work with tensor and data parallelism only.")
+    beside = getattr(vllm_config, "aux_output_config", None)  # (from 0.33 on)
+    if beside is not None and beside.enabled:
+        raise ConfigError(
+            "--enable-return-routed-experts lets vLLM take back what it was told of a prompt's keys and values, and go "
+            "on from placeholders; leave it out."
+        )
     if speculative is not None and (speculative.uses_draft_kv_cache() or speculative.use_dspark()):
         raise UnsupportedError(
             f"the draft model of the speculative method {speculative.method!r} has layers of its own, for which a "
