@@ -14,13 +14,14 @@ export OMP_WAIT_POLICY ?= passive
 # Without its own files of compiled code Python would compile torch and transformers again in every process.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup demo serve-demo test test-full lint types test-floor test-newest test-vllm bench bench-quality bench-serving docs readme support clean
+.PHONY: help setup demo serve-demo test test-slow test-full lint types test-floor test-newest test-vllm bench bench-quality bench-serving docs readme support clean
 
 help:
 	@echo "make demo        train a prefix on the embedded model, save, reload, generate, report (OUT=$(OUT))"
 	@echo "make serve-demo  train three prompts for the embedded model and serve them (PORT=$(PORT))"
-	@echo "make test        lint, types, the tests: of the large grids the cells that have every pair of values"
-	@echo "make test-full   lint, types, the tests with every cell of the grids"
+	@echo "make test        lint, types, the fast tests: minutes"
+	@echo "make test-slow   the others: servers, processes that are killed, compiled code, every pair of values of the grids"
+	@echo "make test-full   all of them, with every cell of the grids: hours"
 	@echo "make test-floor  the tests on the lowest supported versions, in their own environment"
 	@echo "make test-newest the tests that others' releases break first, on the newest versions that pyproject.toml allows"
 	@echo "make test-vllm   the tests of the vLLM engine, in their own environment"
@@ -62,6 +63,9 @@ types: $(VENV)/.dev
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
+test-slow: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --slow
+
 test-full: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --full
 
@@ -71,7 +75,7 @@ test-floor:
 # Not called by hand: the same package on the versions of constraints-floor.txt.
 .PHONY: floor
 floor: $(VENV)/.floor
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 $(VENV)/.floor: pyproject.toml constraints-floor.txt
 	$(PY) -m venv $(VENV)
@@ -90,7 +94,7 @@ test-newest:
 newest: $(VENV)/.newest
 	@$(BIN)/python -m pip --disable-pip-version-check list 2>/dev/null | \
 	  grep -iE '^(torch|transformers|tokenizers|accelerate|peft|trl|datasets|safetensors|huggingface_hub|numpy) '
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not slow' $(NEWEST_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(NEWEST_TESTS)
 
 $(VENV)/.newest: pyproject.toml
 	$(PY) -m venv $(VENV)

@@ -24,15 +24,22 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="also run the cells that pairwise selection leaves out")
+    parser.addoption("--slow", action="store_true", help="run what does not run by default, but for most of the grids")
+    parser.addoption("--full", action="store_true", help="run all tests, and every cell of the grids")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without `--full`, what is marked `full` and what `pairwise` tests do not need is left out, unless it is named."""
+    """Fast tests, slow ones, or all of them (pairs.py); what is named runs in any case."""
     if config.getoption("--full"):
         return
+    wanted = "slow" if config.getoption("--slow") else "fast"
     named = tuple(argument for argument in config.args if "::" in argument)
-    left_out = {item for item in pairs.left_out(items) if not item.nodeid.endswith(named)}
+    left_out = {
+        item
+        for item, tier in pairs.tiers(items).items()
+        if tier != wanted and not item.nodeid.endswith(named)
+        if tier == "full" or not item.nodeid.partition("[")[0].endswith(named)
+    }
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 

@@ -1,8 +1,10 @@
-"""Which cells of a grid run by default: few of them, with every pair of values of any two of its axes.
+"""Which tests run when, and of a grid of cells which.
 
-A test that is marked ``pairwise`` runs in those of its cells that `choose` takes: each parameter is an axis, or each
-field of one that is a dataclass. `default` marks the others itself, where a grid has axes of another kind. With
-``--full`` (`make test-full`) every cell runs. conftest.py sees to both.
+Fast ones run by default (`make test`), slow ones with ``--slow`` (`make test-slow`, which every CI run calls as well),
+and all with ``--full`` (`make test-full`). A test that is marked ``pairwise`` is a grid: each parameter is an axis, or
+each field of one that is a dataclass. Cells that have every value of every axis are fast, what is needed beside them
+for every pair of values of any two axes is slow; ``pairwise(fast=2)`` has the pairs among the fast ones. `default`
+marks cells itself, where a grid has axes of another kind. conftest.py sees to it.
 """
 
 from __future__ import annotations
@@ -46,15 +48,22 @@ def default(cells: Iterable[Any], axes: Axes[Any], together: int = 2) -> list[An
     ]
 
 
-def left_out(items: Iterable[Any]) -> set[Any]:
-    """The tests that run with `--full` only."""
-    found, cells = set(), {}
+def tiers(items: Iterable[Any]) -> dict[Any, str]:
+    """When each test runs: fast, slow or full."""
+    found, grids = {}, {}
     for item in items:
-        if item.get_closest_marker("full"):
-            found.add(item)
-        elif item.get_closest_marker("pairwise"):
-            cells.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    return found.union(*({*every} - {*choose(every, _axes)} for every in cells.values()))
+        found[item] = (
+            "full" if item.get_closest_marker("full") else "slow" if item.get_closest_marker("slow") else "fast"
+        )
+        if item.get_closest_marker("pairwise"):
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for every in grids.values():
+        fast = every[0].get_closest_marker("pairwise").kwargs.get("fast", 1)
+        values, pairs = ({*choose(every, _axes, together)} for together in (fast, 2))
+        for item in every:
+            if item not in values:
+                found[item] = "slow" if item in pairs and found[item] != "full" else "full"
+    return found
 
 
 def _axes(item: Any) -> Iterator[Hashable]:

@@ -73,6 +73,7 @@ def quality(small_assets: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 # ---- running -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ARMS)
 def test_a_task_runs_goes_on_and_is_in_the_table(task: str, quality: Any, tmp_path: Path, capsys: Any) -> None:
     arguments = ["--quick", "--tasks", task, "--arms", ARMS[task], "--results", str(tmp_path)]

@@ -78,6 +78,7 @@ def test_saved_bytes_count_a_storage_once_and_no_parameter() -> None:
     assert load("counts").step_counts(run, layer)["saved"] == 2 * (2 * 4 * 4)
 
 
+@pytest.mark.slow
 def test_keys_held_are_those_of_the_cache_to_the_byte() -> None:
     """At the last token the bare model holds all tokens but that one; ours one prefix more, PEFT one per row."""
     shapes, generate, speed = load("shapes"), load("speed_generate"), load("speed")
@@ -105,6 +106,7 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_arms_take_turns_and_a_failing_one_is_a_row() -> None:
     measure = load("measure")
     calls: list[str] = []
@@ -187,6 +189,7 @@ def test_labels_are_the_names_of_cases() -> None:
             assert len(labels) == len(set(labels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_runs(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The quick cases on a tiny model; ours and the bare model run in all of them."""

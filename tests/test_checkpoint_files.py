@@ -121,6 +121,7 @@ for last in range(100):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_that_dies_anywhere_leaves_an_adapter_that_loads(tmp_path: Path, root: Path) -> None:
     """Killed before each open, link, rename and removal in turn: what is found is the old prompt or the new one."""

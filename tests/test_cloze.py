@@ -42,6 +42,7 @@ def data(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", Answer)
 def test_train_eval_and_generate(answer: Answer, tmp_path: Path, data: Path, shell: Shell) -> None:
     result = run(recipe(tmp_path, data, answer, steps=30))

@@ -139,6 +139,7 @@ def test_a_decoding_step_in_compiled_kernels() -> None:
     check_decoding(make("llama", "prefix", num_hidden_layers=1).eval(), "inductor", {})
 
 
+@pytest.mark.slow
 def test_tasks_that_are_not_there_are_refused_in_compiled_steps() -> None:
     model = make("gpt2", "mpt").eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -47,6 +47,7 @@ def check(family: str, wrapped: Logits, run: Any) -> None:
         torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config_class", BOTH)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()

@@ -121,6 +121,7 @@ def wide(name: str, spread: float, seed: int = 0) -> Any:
         return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**options, **_EXPERTS)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("spread", [0.02, 0.2])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "experts"])

@@ -145,6 +145,7 @@ def test_a_damaged_checkpoint_of_a_loop(damage: str, tmp_path: Path) -> None:
         SoftPromptModel.from_pretrained(tiny.build("llama"), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["p_tuning_mlp", "prefix"])
 def test_resuming_changes_nothing(method: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "cosine"}
@@ -181,6 +182,7 @@ def one_loss(model: SoftPromptModel, out: Path, rows: list[Row], **more: Any) ->
     return losses(trainer)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", [True, False])
 @pytest.mark.parametrize("method", TWO_KINDS)
 def test_accumulated_steps_are_one_large_batch(method: str, answers: bool, tmp_path: Path) -> None:
@@ -200,6 +202,7 @@ def test_accumulated_steps_are_one_large_batch(method: str, answers: bool, tmp_p
         torch.testing.assert_close(states[1][1][name] - before[name], value - before[name], rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "task"), [("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM"), ("lfm2", "CAUSAL_LM")])
 def test_accumulated_steps_where_a_loss_is_a_mean(family: str, task: str, tmp_path: Path) -> None:
     """BERT and T5 take the mean over a batch whatever they are told to divide by; so Trainer has to divide."""
@@ -236,6 +239,7 @@ def smoothed(model: SoftPromptModel, rows: list[Row], epsilon: float, divisor: i
     return total / divisor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", [True, False])
 @pytest.mark.parametrize("method", TWO_KINDS)
 def test_smoothed_labels_are_the_next_tokens(method: str, answers: bool, tmp_path: Path) -> None:

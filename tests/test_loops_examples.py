@@ -45,6 +45,7 @@ def test_a_loop_is_short(path: Path) -> None:
     assert path.name in (LOOPS / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It learns, keeps no weight of the base model, and run again it goes on where it was."""
     trainer = ran("trainer.py", tmp_path, 4, monkeypatch)["trainer"]
@@ -62,6 +63,7 @@ def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                        best["prompt_encoder.default.embedding.weight"])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_seq2seq_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = ran("seq2seq_trainer.py", tmp_path, 2, monkeypatch)
     assert found["written"].shape == (8, 20)  # Trainer pads
@@ -72,6 +74,7 @@ def test_seq2seq_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(found["written"][0][len(expected) :].tolist()) <= {tokenizer.pad_token_id}
 
 
+@pytest.mark.slow
 def test_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
     found = ran("sft.py", tmp_path, 2, monkeypatch)
@@ -101,6 +104,7 @@ def test_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "Milo" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_lm_eval_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness's log-likelihoods are those of the plain formulation, a prefix in the cache."""
     pytest.importorskip("lm_eval")

@@ -199,6 +199,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning")  # TRL sets it
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("method", TWO_KINDS)

@@ -86,6 +86,7 @@ def alone(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {name: place / name for name in runs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_same_losses_and_the_same_prompt(
     workplace: Path,  # noqa: F811
@@ -110,6 +111,7 @@ def test_the_same_losses_and_the_same_prompt(
         assert not list((tmp_path / name).rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_sharded_base_and_a_stream(workplace: Path, tmp_path: Path, alone: dict[str, Path]) -> None:  # noqa: F811
     """Each process holds a part of every weight and gets only its own rows of the file."""
     runs = {name: run.replace(shard=True) for name, run in cases(workplace, tmp_path).items() if name != "context"}
@@ -126,6 +128,7 @@ def test_a_sharded_base_and_a_stream(workplace: Path, tmp_path: Path, alone: dic
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_words_and_teachers_on_a_sharded_base(workplace: Path, tmp_path: Path) -> None:  # noqa: F811
     """Processes whose rows are of different tasks call the base alike: a call that one of them leaves out is a hang."""
     words = {"template": "{text} it was [MASK]", "verbalizer": {"0": "dog", "1": "cat"}, "target_column": "label"}
@@ -158,6 +161,7 @@ def test_a_process_that_is_left_alone_says_so() -> None:
     assert [each.exitcode for each in both] == [0, 9]
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_to_the_same_bits(workplace: Path, tmp_path: Path) -> None:  # noqa: F811
     """With dropout in the base and in the prompt, which every process draws for itself."""
     options = {"method": "p_tuning", "steps": 12, "method_options": {"encoder_reparameterization_type": "LSTM"}}
@@ -189,6 +193,7 @@ def test_one_process_tells_an_error_for_all(workplace: Path, tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "options"),
     [

@@ -12,6 +12,7 @@ from cli_kit import Shell
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "mpt"
 
 
+@pytest.mark.slow
 def test_sources_then_a_target(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,7 @@ class StopAfter:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(run: Path, workplace: Path, tmp_path: Path) -> None:
     settings = recipe(workplace, tmp_path / "run", steps=12)
     with pytest.raises(RunInterrupted, match="stopped at step 5 of 12"):
@@ -129,6 +130,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(run: Path, workplace: Path,
     assert rows_of(run) == rows_of(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_among_its_teachers_goes_on(
     run: Path, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +197,7 @@ def _console() -> Any:
     return Console(quiet=True)
 
 
+@pytest.mark.slow
 def test_encoder_decoders_learn_several_tasks(workplace: Path, tmp_path: Path) -> None:
     families.build("t5", "SEQ_2_SEQ_LM").save_pretrained(tmp_path / "t5")
     tiny.tokenizer().save_pretrained(tmp_path / "t5")

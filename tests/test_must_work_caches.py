@@ -371,6 +371,7 @@ def test_what_would_count_ids_for_columns_is_refused(family: str) -> None:
 # ---- compiled steps ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_steps_that_transformers_compiles(family: str) -> None:
     """On a GPU it compiles the steps on a static cache of its own accord; a later call compiles nothing again."""

@@ -141,6 +141,7 @@ def remount(place: Path, how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{how}", place], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuned", [False, True])
 def test_a_full_disk_ends_the_run_and_keeps_the_last_state(workplace: Path, tmp_path: Path, tuned: bool) -> None:  # noqa: F811
     options: dict[str, Any] = {"steps": 8, "save_steps": 2, "eval_steps": 2}
@@ -240,6 +241,7 @@ def _fingerprint(model: SoftPromptModel) -> float:
     return model.encoder().saved_tensors()["prompt_embeddings"].sum().item()
 
 
+@pytest.mark.slow
 def test_a_prompt_and_its_base_model_are_a_pair_at_every_moment(tmp_path: Path) -> None:
     """Killed before every single write, rename and removal of the second save."""
     first = tmp_path / "first"

@@ -52,12 +52,14 @@ def test_twenty_random_moments(prefix: tuple[Recipe, Life], tmp_path: Path) -> N
     assert all(killed_and_resumed(settings, life, tmp_path / "run", moment) for moment in moments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["checkpoint", "adapter_model", "adapter_config", "recipe", "metrics", "report"])
 def test_in_the_middle_of_a_file(prefix: tuple[Recipe, Life], tmp_path: Path, file: str) -> None:
     settings, life = prefix
     assert killed_and_resumed(settings, life, tmp_path / "run", life.inside(file, SEED))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(prefix: tuple[Recipe, Life], tmp_path: Path) -> None:
     """One command line, over and over, from an empty place to the end; the clock says when it is killed."""
     settings, life = prefix

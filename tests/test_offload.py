@@ -124,6 +124,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "method"), [*[("llama", method) for method in CONFIGS], ("gpt2", "prompt_tuning"), ("gpt2", "ffn")]
 )
@@ -138,6 +139,7 @@ def test_layers_on_disk_train_to_the_same_numbers(
     assert sum(each.nbytes for each in base.parameters() if not each.is_meta) <= 4 * 32 * tiny.VOCAB + 8 * 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_with_gradient_checkpointing(folders: dict[str, Path], tmp_path: Path, reentrant: bool) -> None:
     for method in ("prompt_tuning", "ffn"):
@@ -147,6 +149,7 @@ def test_with_gradient_checkpointing(folders: dict[str, Path], tmp_path: Path, r
         assert all(each.is_meta for each in base.parameters())
 
 
+@pytest.mark.slow
 def test_models_that_the_caller_has_dispatched(folders: dict[str, Path], tmp_path: Path) -> None:
     """By any of accelerate's functions, from weights that were in memory before."""
     expected = run(loaded(folders["llama"]), CONFIGS["prompt_tuning"], tmp_path / "memory")
@@ -255,6 +258,7 @@ def _growth(folder: str, methods: list[str], answer: Any) -> None:
     answer.send(found)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells what a process has needed")
 def test_memory_stays_below_the_size_of_the_model(tmp_path: Path) -> None:
     base = tiny.build("llama", **WIDE)

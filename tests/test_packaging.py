@@ -10,6 +10,8 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 BENEATH = {"markupsafe", "pydantic-core", "starlette"}  # parts of jinja2, pydantic and fastapi with names of their own
@@ -52,6 +54,7 @@ def test_floor_file_pins_the_lower_bounds() -> None:
             assert pins[name].startswith(bound), f"{requirement}, but the floor file tests {pins[name]}"
 
 
+@pytest.mark.slow
 def test_import_is_light() -> None:
     """Beyond what transformers itself loads, importing the package loads nothing that only some commands need."""
     heavy = {"matplotlib", "datasets", "pandas", "pyarrow", "sacrebleu", "sklearn", "peft", "accelerate", "typer"}

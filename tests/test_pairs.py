@@ -64,21 +64,42 @@ class Item:
     nodeid: str
     callspec: SimpleNamespace
 
+    markers: dict[str, Any]
+
     def get_closest_marker(self, name: str) -> Any:
-        return pytest.mark.pairwise if name == "pairwise" else None
+        return self.markers.get(name)
 
 
-def test_the_cells_of_a_pairwise_test() -> None:
+@pytest.mark.parametrize("fast", [1, 2])
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_cells_of_a_pairwise_test(fast: int, slow: bool) -> None:
     """A dataclass's fields are axes of their own; what cannot be hashed is an axis too."""
     grid = list(product("abc", "xyz", [{}, {1: 2}, {3: 4}]))
     params = [{"cell": conformance.Cell(method, "gpt2", task), "one": one} for method, task, one in grid]
-    items = [Item(f"tests/test_it.py::test_it[{at}]", SimpleNamespace(params=each)) for at, each in enumerate(params)]
-    gone = [item in pairs.left_out(items) for item in items]
-    assert 9 <= gone.count(False) <= 12
-    kept = [(method, task, str(one)) for (method, task, one), left in zip(grid, gone, strict=True) if not left]
+    markers = {"pairwise": pytest.mark.pairwise(fast=fast) if fast == 2 else pytest.mark.pairwise}
+    markers |= {"slow": pytest.mark.slow} if slow else {}
+    items = [
+        Item(f"tests/test_it.py::test_it[{at}]", SimpleNamespace(params=each), markers)
+        for at, each in enumerate(params)
+    ]
+    found = pairs.tiers(items)
+    by_default = [cell for cell, item in zip(grid, items, strict=True) if found[item] == "fast"]
+    if slow:
+        assert not by_default
+    elif fast == 1:
+        assert 3 <= len(by_default) <= 4
+        assert all(len({str(cell[axis]) for cell in by_default}) == 3 for axis in range(3))
+    else:
+        assert 9 <= len(by_default) <= 12
+    kept = [(*cell[:2], str(cell[2])) for cell, item in zip(grid, items, strict=True) if found[item] != "full"]
+    assert 9 <= len(kept) <= 15
     assert all(len(have(kept, one, other)) == 9 for one, other in combinations(range(3), 2))
 
 
 def test_what_is_marked_full_is_left_out(request: pytest.FixtureRequest) -> None:
-    wide = [item for item in request.session.items if item.get_closest_marker("full")]
-    assert not wide or request.config.getoption("--full") or any("::" in each for each in request.config.args)
+    """And in a run of the fast ones what is slow, and the other way round."""
+    option, named = request.config.getoption, any("::" in each for each in request.config.args)
+    found = {item.get_closest_marker(name) is not None for item in request.session.items for name in ("full",)}
+    assert True not in found or option("--full") or named
+    slow = [item for item in request.session.items if item.get_closest_marker("slow")]
+    assert not slow or option("--slow") or option("--full") or named

@@ -83,6 +83,7 @@ def test_modules_to_save(tmp_path: Path, method: str) -> None:
     assert any("pooler" in name for name in names[0]) and any("classifier" in name for name in names[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "method"), pairs(*TASKS))
 def test_auto_classes_find_the_base_model_by_its_name(tmp_path: Path, method: str, task: str) -> None:
     cell = Cell(method, TASKS[task], task)

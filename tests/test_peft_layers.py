@@ -130,6 +130,7 @@ def test_from_peft(family: str, kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(got, theirs(input_ids=ids_of()).logits, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @of_peft
 def test_to_peft(family: str, kind: str, tmp_path: Path) -> None:

@@ -209,6 +209,7 @@ def extra(shape: str, method: str, given: dict[str, Tensor], **more: Any) -> Cou
     return ours
 
 
+@pytest.mark.slow
 @pytest.mark.pairwise
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("method", CONFIGS)

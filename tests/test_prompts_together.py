@@ -14,6 +14,7 @@ CODE = re.compile(r"<!-- run: (\w+) -->\n```\w+\n(.*?)```", re.DOTALL)
 SMALL = {"train": ["--steps", "2", "--train-limit", "32", "--samples", "1", "--max-new-tokens", "2"]}
 
 
+@pytest.mark.slow
 def test_the_page_runs(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

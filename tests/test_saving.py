@@ -208,6 +208,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "task"), [("gpt2", "CAUSAL_LM"), ("bert", "SEQ_CLS")])
 @pytest.mark.parametrize("method", ["p_tuning_mlp", "prefix"])
 def test_transformers_own_trainer(family: str, task: str, method: str, tmp_path: Path) -> None:

@@ -210,6 +210,7 @@ def ask_by_chance(api: Api, count: int) -> set[int]:
     return seen
 
 
+@pytest.mark.slow
 def test_malformed_requests(api: Api) -> None:
     assert {200, 400, 404, 405} <= ask_by_chance(api, 600)
 
@@ -256,6 +257,7 @@ def ask_operation(api: Api, operation: Any, mode: GenerationMode, count: int) ->
         ask()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_requests_from_the_document(api: Api, mode: GenerationMode) -> None:
     ask_by_document(api, 60 if mode is GenerationMode.NEGATIVE else 30, mode)

@@ -92,6 +92,7 @@ def stage(made: Any) -> Iterator[Any]:
     made.server.kill()
 
 
+@pytest.mark.slow
 def test_every_answer_under_load_is_the_offline_one(stage: Any) -> None:
     found = load("serving_load").load(stage, REQUESTS)
     assert (found["answered"], found["wrong"], found["failed"], found["held"]) == (REQUESTS, 0, 0, 0)
@@ -104,6 +105,7 @@ def test_broken_files_of_prompts_harm_nobody_and_good_ones_are_served(stage: Any
     assert found["refused"] == load("serving_load").BROKEN
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_under_load_and_comes_back(stage: Any) -> None:
     found = load("serving_load").killed(stage, REQUESTS)
     assert (found["answered"], found["wrong"], found["failed"], found["held"]) == (REQUESTS, 0, 0, 0)
@@ -145,6 +147,7 @@ def test_arrivals_are_poisson() -> None:
 # ---- the benchmarks --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_passes_flops_and_keys_of_an_engine_by_hand() -> None:
     """Four requests go on together, though the first may begin before the others are there."""
     serving, speed = load("serving"), load("speed")

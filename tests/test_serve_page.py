@@ -99,6 +99,7 @@ def said(response: httpx.Response) -> str:
     return f"{response.status_code} {response.reason_phrase}: {response.json()['error']['message']}"
 
 
+@pytest.mark.slow
 def test_answers_stream_side_by_side(page: Page, server: str, gate: Gate) -> None:
     names = [BASE, WORDS, TALE, FREE]
     choose(page, names)
@@ -255,6 +256,7 @@ def test_the_files_of_the_page_and_no_others(server: str) -> None:
         assert httpx.get(f"{server}/{path}", headers={"Authorization": f"Bearer {KEY}"}).status_code == 404
 
 
+@pytest.mark.slow
 def test_layout_and_picture(page: Page, tmp_path: Path) -> None:
     names = [BASE, WORDS, TALE]
     choose(page, names)
@@ -276,6 +278,7 @@ def test_layout_and_picture(page: Page, tmp_path: Path) -> None:
     assert colours(tmp_path / "blank.png") == 1  # so that the check above can fail
 
 
+@pytest.mark.slow
 def test_by_keyboard_alone(visit: Visit, server: str) -> None:
     page = visit.page
     page.goto(server)

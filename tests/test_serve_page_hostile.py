@@ -59,6 +59,7 @@ def hostile(route: Route) -> None:
         route.fulfill(status=429, headers={"Retry-After": "3"}, body=EVIL)
 
 
+@pytest.mark.slow
 def test_text_of_a_server_is_never_markup(visit: Visit, server: str) -> None:
     page = visit.page
     page.route("**/v1/**", hostile)

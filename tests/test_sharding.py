@@ -187,6 +187,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_shared_out_trains_and_generates_the_same(
     results: Path, tmp_path: Path, case: tuple[str, str, str, bool]
@@ -244,6 +245,7 @@ def in_pairs(place: Path) -> None:
     torch.save(found, place / f"{dist.get_rank()}.pt")
 
 
+@pytest.mark.slow
 def test_a_copy_for_each_two_of_four(tmp_path: Path) -> None:
     together(4, in_pairs, tmp_path)
     expected = run(CASES[0], tmp_path / "alone", share=False)

@@ -130,6 +130,7 @@ def test_a_row_without_a_prompt_has_its_own_attention_alone(fast_only: None) -> 
 # ---- derivatives -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "kind"),
     [("MHA", "groups of different size"), ("GQA", "one for all"), ("GQA", "some empty"), ("MQA", "ragged pairs")],

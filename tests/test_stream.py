@@ -342,6 +342,7 @@ def test_several_references_are_several_examples_and_all_come(tmp_path: Path) ->
     assert targets == Counter(2 * [f"{letter}{number}" for letter in "ab" for number in range(9)])
 
 
+@pytest.mark.slow
 def test_processes_that_read_files_of_their_own_go_on_to_the_same_bits(workplace: Path, tmp_path: Path) -> None:  # noqa: F811
     lines = (workplace / "train.jsonl").read_text().splitlines(keepends=True)
     for number in range(2):

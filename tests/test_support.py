@@ -47,6 +47,7 @@ def said(text: str, name: str) -> list[str] | None:
     return None if found is None else ["partly" if " but " in cell else MARKS[cell[0]] for cell in found.groups()]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "name"), SAMPLE)
 def test_a_class_is_right_or_refused_and_the_page_says_so(root: Path, kind: str, name: str) -> None:

@@ -50,6 +50,7 @@ def scores(out: Path) -> dict[str, float]:
     return {json.dumps(row["values"], sort_keys=True): row["mean"] for row in results(out)["settings"]}
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_sweep_and_the_table_is_that_of_the_runs(workplace: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     found = run_sweep(plan(workplace, out), jobs=2, console=QUIET)
@@ -83,6 +84,7 @@ def _journal(out: Path) -> list[str]:
     return (out / "sweep.journal").read_text(encoding="utf-8").splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["grid", "random"])
 def test_four_processes_at_once_never_take_the_same(workplace: Path, tmp_path: Path, sampler: str) -> None:
     block = {"num_virtual_tokens": [1, 2, 3, 4], "learning_rate": [0.1, 0.2, 0.3, 0.4]}
@@ -107,6 +109,7 @@ def context() -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing(workplace: Path, tmp_path: Path) -> None:
     """SIGKILL in the second setting: the first is kept, the second resumed, and both end as they would have."""
     longer = {"sweep": {"steps": [2, 90]}, "save_steps": 5, "eval_steps": 45}

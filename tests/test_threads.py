@@ -260,6 +260,7 @@ def _all_right(found: Counter[str], count: int) -> None:
     assert dict(found) == {"right": count}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
 def test_threads_share_a_model(family: str) -> None:
     """All methods, `adapter_names`, `disable_adapter` and `set_adapter`, in random order."""
@@ -362,6 +363,7 @@ def test_a_thread_that_is_started_inside_the_block_has_the_prompt_and_a_warning(
     assert _close(model(ids).logits.detach(), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bloom", "t5"])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of torch, for a thread without gradient
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])

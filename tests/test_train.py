@@ -142,6 +142,7 @@ def _final_state(result: RunResult) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
 def test_resumed_equals_uninterrupted_bit_for_bit(workplace: Path, tmp_path: Path, task: str, number: int) -> None:

@@ -38,6 +38,7 @@ def recipe(folder: Path, out: Path, **more: object) -> Recipe:
     return Recipe.from_dict({**settings, **more})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["examples", "random"])
 @pytest.mark.parametrize(
     ("method", "options"),

@@ -18,7 +18,7 @@ from softprompt.serve.vllm.connector import SoftPromptConnector
 def start(
     policy: str = "fail", method: str | None = None, layers: int = 2, routed: bool | None = None, **parallel: int
 ) -> SoftPromptConnector:
-    """Of a model with two layers; `routed`: whether vLLM 0.33 returns the experts that it chose, None: an earlier one."""
+    """Of a model with two layers; `routed`: whether vLLM 0.33 returns the experts it chose, None: an earlier one."""
     extra: dict[str, Any] = {"objects": "there"}
     transfer = SimpleNamespace(kv_connector_extra_config=extra, kv_load_failure_policy=policy)
     sizes = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
