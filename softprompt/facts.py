@@ -68,7 +68,7 @@ class Facts:
     """Why keys and values cannot reach this model, if they cannot."""
     loss: Callable[[], bool] = field(default=bool, compare=False)
     vectors: Callable[[], str] = field(default=str, compare=False)
-    side: Callable[[], str] = field(default=lambda: "right", compare=False)
+    side: Callable[[], str] = field(default=str, compare=False)
     how: Mapping[str, str] = field(default_factory=dict, compare=False)
     """How each fact was found, by its name."""
 
@@ -85,7 +85,7 @@ class Facts:
     @cached_property
     def padding(self) -> str:
         """On which side of its rows an encoder takes padding: the left where its head reads the last column."""
-        return self.side()
+        return self.side() or "right"
 
     def can_fold(self, placement: Placement) -> bool:
         """Whether the model can take vectors that stand there as keys and values."""
@@ -403,7 +403,7 @@ def _facts(way: Way, found: Recording, **facts: Any) -> Facts:
         position_offset=offset,
         loss=partial(_divides_loss, base) if facts["causal"] or facts.get("encoder_decoder") else bool,
         vectors=partial(refuses_vectors, base),
-        side=(lambda: "right") if facts["causal"] else partial(_side_of_padding, base),
+        side=str if facts["causal"] else partial(_side_of_padding, base),
         how={
             "layers": f"what each attended to in one forward pass, through its {way.name}",
             "hidden_size": "the table of word embeddings",

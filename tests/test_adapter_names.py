@@ -193,6 +193,7 @@ WITHOUT_FOLD: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("case", WITHOUT_FOLD)
 def test_vectors_in_the_rows_beside_keys_and_values(case: str, side: str) -> None:

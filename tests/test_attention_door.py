@@ -152,6 +152,7 @@ def test_embedded_inputs_equal_ids(family: str, method: str, labelled: bool) -> 
         close(got.loss, expected.loss)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen3", "gemma3", "opt", "bert", "roberta"])
 def test_backends_agree(family: str, method: str) -> None:

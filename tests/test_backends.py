@@ -183,6 +183,7 @@ def _mask(rows: str, *shape: int) -> Tensor:
     return mask
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("heads", shared_kit.HEADS)
 @pytest.mark.parametrize("rows", shared_kit.ROWS)
 def test_flex_and_its_gradients_equal_concatenation(flexible: None, rows: str, heads: str) -> None:

@@ -254,6 +254,7 @@ def test_tasks_by_row(family: str) -> None:
         close(got[mask], naive.run(model.get_base_model(), model.encoder().prompt(task[None]), row).logits[0, 4:])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_inside_the_row(family: str, side: str) -> None:
@@ -349,6 +350,7 @@ def test_a_static_cache(family: str, method: str) -> None:
     close(torch.cat(outputs, dim=1), naive.logits(model, ids)[0])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", [*FAMILIES, *families_cache.OTHERS])
 def test_generating_for_a_batch_equals_single_rows(family: str, method: str) -> None:
@@ -362,6 +364,7 @@ def test_generating_for_a_batch_equals_single_rows(family: str, method: str) -> 
         assert torch.equal(beams[2 * index], alone[0, -6:])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("method", TWO_KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_of_decoding_gives_the_same_tokens(family: str, method: str) -> None:

@@ -25,6 +25,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(name=st.sampled_from([each.name for each in fields(PromptEncoderConfig)]), value=JSON)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_in_any_field(tmp_path: Path, name: str, value: Any) -> None:

@@ -240,6 +240,7 @@ def test_prompts_that_name_different_base_models_are_remarked_on(shell: Shell, t
     assert "Note" not in shell.ok("compare", folders[0], folders[0])
 
 
+@pytest.mark.slow
 def test_training_starts_from_another_tasks_prompt(shell: Shell, tmp_path: Path) -> None:
     """With its length, unless another is asked for; a learning rate of next to nothing shows where it started."""
     base, rows = save_base(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", ROWS)

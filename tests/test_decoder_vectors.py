@@ -67,6 +67,7 @@ def test_logits_loss_and_gradients_are_the_plain_formulation_s(family: str, side
     assert found[4:].abs().max() > 1e-4
 
 
+@pytest.mark.pairwise
 @every_family
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}], ids=str)
 def test_generation_is_single_rows_and_greedy_is_the_plain_one(family: str, options: dict[str, Any]) -> None:

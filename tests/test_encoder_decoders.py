@@ -126,6 +126,7 @@ def _ends(base: PreTrainedModel) -> list[int]:
 THREE = {"decoder_prefix": True, "cross_prefix": True, "encoder_prefix": True}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("parts", [("decoder",), ("cross",), ("encoder",), ("decoder", "cross", "encoder")], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_prefix_reaches_its_attention(

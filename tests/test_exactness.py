@@ -87,6 +87,7 @@ def test_logits_to_keep_change_neither_loss_nor_logits(
             torch.testing.assert_close(kept.loss, whole.loss)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", tiny.DECODERS)
 def test_greedy_generation_equals_naive(family: str, method: str) -> None:

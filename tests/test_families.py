@@ -10,6 +10,7 @@ import torch
 CELLS = [(name, task) for name, family in families.FAMILIES.items() for task in family.tasks]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("family", "task"), CELLS)
 def test_outputs_are_seeded_and_not_degenerate(family: str, task: str) -> None:
     batch = tiny.ragged((4, 6))

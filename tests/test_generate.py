@@ -116,6 +116,7 @@ def test_a_repetition_penalty_sees_real_tokens_only() -> None:
     assert torch.equal(ours(model, ids, repetition_penalty=1.7), row[:, ids.shape[1] :])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", tiny.DECODERS + tiny.MORE_DECODERS)
 def test_left_padded_rows_equal_single_rows(family: str, method: str) -> None:

@@ -58,6 +58,7 @@ def text_ids(count: int = COUNT) -> Tensor:
     return torch.tensor([tiny.tokenizer()(TEXT)["input_ids"][:count]])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", tiny.DECODERS + tiny.MORE_DECODERS)
 def test_the_snippet_is_exact(family: str, backend: str, tmp_path: Path) -> None:

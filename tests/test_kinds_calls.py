@@ -43,6 +43,7 @@ def wider(value: Tensor, filler: int = 1) -> Tensor:
     return pad(value, (P, 0), value=filler)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("family", "task"), HEADS, ids=["-".join(each) for each in HEADS])
 @torch.no_grad()

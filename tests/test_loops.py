@@ -81,6 +81,7 @@ def test_trainer_takes_it_for_no_model_of_its_own() -> None:
 # ---- checkpoints -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "task"), [("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS")])
 @pytest.mark.parametrize("method", ["p_tuning_mlp", "prefix"])
 def test_a_checkpoint_holds_the_adapter_and_loads_as_a_prompt(
@@ -157,6 +158,7 @@ def test_resuming_changes_nothing(method: str, tmp_path: Path) -> None:
     same_state(prompt_state(again.model), prompt_state(whole.model))  # type: ignore
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["p_tuning_mlp", "prefix"])
 def test_the_best_prompt_is_loaded_at_the_end(method: str, tmp_path: Path) -> None:
     """The greatest loss is called the best one, so that it is not the last."""

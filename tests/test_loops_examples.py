@@ -84,6 +84,7 @@ def test_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded(tmp_path / "prompt").peft_config["default"].num_virtual_tokens == 16
 
 
+@pytest.mark.slow
 def test_accelerate_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = ran("accelerate_loop.py", tmp_path, 2, monkeypatch)
     assert (tmp_path / "state" / "model.safetensors").stat().st_size < PROMPT_BYTES
@@ -98,6 +99,7 @@ def test_accelerate_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(found["whole"].state_dict()[name], prompt[name])
 
 
+@pytest.mark.slow
 def test_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     losses = ran("plain_loop.py", tmp_path, 6, monkeypatch)["losses"]
     assert losses[-1] < losses[0]

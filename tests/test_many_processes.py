@@ -149,6 +149,7 @@ def bereaved(rank: int, port: int) -> None:
         team.wait() if rank == 0 else os._exit(9)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_left_alone_says_so() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -175,6 +176,7 @@ def test_stopped_and_resumed_to_the_same_bits(workplace: Path, tmp_path: Path) -
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_more_processes_may_go_on(workplace: Path, tmp_path: Path) -> None:  # noqa: F811
     settings = recipe(workplace, tmp_path / "run", steps=8)
     assert together(2, [settings], on_step=Stop(0, 4)) == [1, 1]
@@ -186,6 +188,7 @@ def test_where_the_base_is_may_change_when_a_run_goes_on() -> None:
     assert {"device_map", "offload_folder", "max_memory", "shard", "shard_size"} <= set(FREE_TO_CHANGE)
 
 
+@pytest.mark.slow
 def test_one_process_tells_an_error_for_all(workplace: Path, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")

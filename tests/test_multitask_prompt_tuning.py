@@ -88,6 +88,7 @@ def four_rows(cell: Cell) -> list[Row]:
     return [replace(row, task_ids=task[None]) for row, task in zip(found, IDS, strict=True)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_a_mixed_batch_equals_every_row_alone_with_its_folded_prompt(cell: Cell, side: str) -> None:
@@ -111,6 +112,7 @@ def test_a_mixed_batch_equals_every_row_alone_with_its_folded_prompt(cell: Cell,
     assert cols.abs().amax((1, 2)).min() > 1e-7  # every task that is there has learnt something
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")], ids=str)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_of_a_mixed_batch_is_that_of_single_rows(cell: Cell, beams: int) -> None:

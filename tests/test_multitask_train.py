@@ -281,6 +281,7 @@ def test_folding_what_has_no_tasks(run: Path, tmp_path: Path) -> None:
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_commands_on_one_task_of_several(
     run: Path, workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

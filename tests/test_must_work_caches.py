@@ -254,6 +254,7 @@ def test_a_loop_by_hand_in_the_decoder(family: str, method: str, kind: str) -> N
 # ---- one cache of a system prompt for many rows ------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", [*DOORS, "gemma3", *OWN_CODE])
 def test_a_system_prompt_is_prefilled_once_and_shared(family: str, method: str) -> None:
@@ -278,6 +279,7 @@ def test_a_system_prompt_is_prefilled_once_and_shared(family: str, method: str) 
             cache.crop(5 - cache.get_seq_length())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", [*DOORS, "bloom", "falcon_multi_query", "gptj"])  # MPT counts hidden columns too
 def test_a_shared_system_prompt_before_rows_of_different_lengths(family: str, method: str) -> None:
@@ -340,6 +342,7 @@ def inside(family: str, **options: Any) -> SoftPromptModel:
 INSIDE = {"llama": {"placement": "after_bos"}, "bloom": {"placement": "after_bos"}, "lfm2": {}, "qwen3_next": {}}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", ["static", "none", "own"])
 @pytest.mark.parametrize("family", INSIDE)
 def test_prompts_inside_the_rows_on_other_caches(family: str, kind: str) -> None:

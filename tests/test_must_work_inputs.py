@@ -120,6 +120,7 @@ def test_a_prefix_that_is_always_visible(family: str, side: str) -> None:
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
 @pytest.mark.parametrize("family", WINDOWS)
 def test_generating_with_a_prefix_that_is_always_visible(family: str, options: dict[str, Any]) -> None:

@@ -90,6 +90,7 @@ def test_an_exploded_loss_is_named_and_stopped(workplace: Path, tmp_path: Path) 
     assert kept(tmp_path / "run").isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_explodes_at_the_same_step(workplace: Path, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(TrainingError) as straight:
         train(exploding(workplace, tmp_path / "run"))

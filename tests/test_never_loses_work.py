@@ -72,6 +72,7 @@ def test_killed_again_and_again(prefix: tuple[Recipe, Life], tmp_path: Path) -> 
     assert facts(tmp_path / "run") == facts(life.folder)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_resumed_without_harm(prefix: tuple[Recipe, Life], tmp_path: Path) -> None:
     settings, life = prefix
     shutil.copytree(life.folder, tmp_path / "run")
@@ -80,6 +81,7 @@ def test_a_finished_run_is_resumed_without_harm(prefix: tuple[Recipe, Life], tmp
     assert facts(tmp_path / "run") == facts(life.folder)
 
 
+@pytest.mark.slow
 def test_a_torn_state_is_skipped_for_the_one_before(prefix: tuple[Recipe, Life], tmp_path: Path) -> None:
     settings, life = prefix
     settings = settings.replace(out=str(tmp_path / "run"))
@@ -162,6 +164,7 @@ def test_a_team_that_loses_one(prefix: tuple[Recipe, Life], tmp_path: Path, kill
 # ---- where nothing has begun -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_resuming_what_has_not_begun_begins_it(prefix: tuple[Recipe, Life], tmp_path: Path) -> None:
     """Killed when the recipe was written, but had not got its name."""
     settings, life = prefix

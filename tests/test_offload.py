@@ -292,6 +292,7 @@ def test_recipes_say_where_the_layers_go(folders: dict[str, Path]) -> None:
     assert offloaded(load_base(str(folders["llama"]), tiny.tokenizer(), dispatch=Dispatch.of(auto)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
 def test_a_run_with_layers_on_disk(workplace: Path, tmp_path: Path, task: str) -> None:  # noqa: F811
     """From the recipe to answers with the saved prompt; a classifier is new, and so not on disk."""

@@ -87,6 +87,7 @@ def assert_same(one: nn.Module, other: nn.Module, family: str) -> None:
         assert all(torch.equal(tokens[0], each) for each in tokens)
 
 
+@pytest.mark.pairwise
 @pairs
 def test_from_peft(tmp_path: Path, family: str, method: str) -> None:
     theirs: Any = peft.get_peft_model(tiny.build(family), config(peft, family, method))
@@ -96,6 +97,7 @@ def test_from_peft(tmp_path: Path, family: str, method: str) -> None:
     assert_same(ours, theirs, family)
 
 
+@pytest.mark.pairwise
 @pairs
 def test_to_peft(tmp_path: Path, family: str, method: str) -> None:
     ours = softprompt.get_peft_model(tiny.build(family), config(softprompt, family, method))

@@ -113,6 +113,7 @@ KINDS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", KINDS)
 @of_peft
 def test_from_peft(family: str, kind: str, tmp_path: Path) -> None:

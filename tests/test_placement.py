@@ -128,6 +128,7 @@ def generate_agrees(model: SoftPromptModel, batch: dict[str, Tensor], **more: An
             assert torch.equal(alone[0, values[0].shape[1] :], together[row, width:])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("family", STATE)
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix"])
 def test_models_with_a_state(family: str, method: str) -> None:

@@ -43,6 +43,7 @@ def train(model: SoftPromptModel, steps: int) -> None:
         optimizer.step()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("family", "task"), CASES)
 def test_saved_and_loaded(family: str, task: str, method: str, tmp_path: Path) -> None:
@@ -76,6 +77,7 @@ print(json.dumps(model(**tiny.ragged(side="left")).logits[:, -1].tolist()))
     close(torch.tensor(json.loads(out.stdout.strip().splitlines()[-1])), model(**batch).logits[:, -1].detach())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("family", "task"), CASES)
 def test_going_on_with_the_kept_encoder(family: str, task: str, method: str, tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def test_one_request_for_too_much(api: Api) -> None:
 # ---- time --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_too_long(prompts: Prompts) -> None:
     with serving(prompts.folder, timeout=0.7) as api, api.client(strict=False) as client:
         with pytest.raises(openai.APIStatusError) as error:
@@ -154,6 +155,7 @@ def test_an_answer_that_takes_too_long(prompts: Prompts) -> None:
         api.idle()
 
 
+@pytest.mark.slow
 def test_a_body_that_does_not_come(prompts: Prompts) -> None:
     never = threading.Event()
 

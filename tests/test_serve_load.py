@@ -99,6 +99,7 @@ def test_every_answer_under_load_is_the_offline_one(stage: Any) -> None:
     assert found["left"] > 0
 
 
+@pytest.mark.slow
 def test_broken_files_of_prompts_harm_nobody_and_good_ones_are_served(stage: Any) -> None:
     found = load("serving_load").replaced(stage, REQUESTS)
     assert (found["answered"], found["wrong"], found["failed"], found["held"]) == (REQUESTS, 0, 0, 0)

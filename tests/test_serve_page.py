@@ -134,6 +134,7 @@ def test_answers_stream_side_by_side(page: Page, server: str, gate: Gate) -> Non
     expect(page.get_by_role("status")).to_have_text("4 done")
 
 
+@pytest.mark.slow
 def test_the_chat_api_where_it_is_chosen(page: Page, visit: Visit, server: str) -> None:
     choose(page, [TALE])
     page.get_by_label("chat").check()
@@ -145,6 +146,7 @@ def test_the_chat_api_where_it_is_chosen(page: Page, visit: Visit, server: str) 
     assert visit.requests[-1] == f"{server}/v1/chat/completions"
 
 
+@pytest.mark.slow
 def test_cancel(page: Page, gate: Gate) -> None:
     names = [BASE, WORDS, TALE]
     choose(page, names)
@@ -167,6 +169,7 @@ def test_cancel(page: Page, gate: Gate) -> None:
     expect(part(page, BASE, "end")).to_have_text("length")
 
 
+@pytest.mark.slow
 def test_a_wrong_key_shows_what_the_server_says(page: Page, server: str, browser: Browser) -> None:
     page.get_by_label("API key").fill("wrong")
     page.get_by_label("API key").press("Tab")
@@ -189,6 +192,7 @@ def test_a_wrong_key_shows_what_the_server_says(page: Page, server: str, browser
     other.close()
 
 
+@pytest.mark.slow
 def test_errors_of_the_server_are_shown_as_they_are(page: Page, server: str) -> None:
     choose(page, [BASE, TALE])
     for text, temperature in ((TEXT, -3), ("word " * 2000, 0)):
@@ -202,6 +206,7 @@ def test_errors_of_the_server_are_shown_as_they_are(page: Page, server: str) -> 
     expect(part(page, BASE, "error")).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_nearest_tokens(page: Page, server: str) -> None:
     page.get_by_role("button", name=f"Nearest tokens of {WORDS}").click()
     tokens = page.get_by_role("dialog", name=WORDS).get_by_role("listitem")
@@ -223,6 +228,7 @@ def test_nearest_tokens(page: Page, server: str) -> None:
     expect(page.get_by_role("dialog")).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_nothing_comes_from_another_host(page: Page, visit: Visit, server: str) -> None:
     choose(page, [BASE])
     ask(page, TEXT, max_tokens="2")

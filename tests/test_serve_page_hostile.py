@@ -79,6 +79,7 @@ def test_text_of_a_server_is_never_markup(visit: Visit, server: str) -> None:
     assert [line for line in visit.complaints if "429" not in line] == []
 
 
+@pytest.mark.slow
 def test_thousands_of_prompts(visit: Visit, server: str) -> None:
     page = visit.page
     page.route("**/v1/**", hostile)
@@ -95,6 +96,7 @@ def test_thousands_of_prompts(visit: Visit, server: str) -> None:
     expect(page.locator("#count")).to_have_text("no such name")
 
 
+@pytest.mark.slow
 def test_a_server_without_a_library(visit: Visit, server: str) -> None:
     page = visit.page
     page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "b"}, {"id": "lora", "parent": "b"}]}))

@@ -233,6 +233,7 @@ def later_together(place: Path) -> None:
     torch.save(later(share=True), place / f"{dist.get_rank()}.pt")
 
 
+@pytest.mark.slow
 def test_starts_and_mixed_rows_after_sharing(tmp_path: Path) -> None:
     together(2, later_together, tmp_path)
     expected = later(share=False)

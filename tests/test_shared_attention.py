@@ -146,6 +146,7 @@ def test_gradcheck(heads: str, kind: str, fast_only: None) -> None:
     assert torch.autograd.gradcheck(function, given.states)
 
 
+@pytest.mark.slow
 def test_gradcheck_of_the_causal_way(fast_only: None) -> None:
     given = batch(kind="pairs", causal=True).leaves()
     assert torch.autograd.gradcheck(lambda *states: attend(*given.with_states(*states).arguments), given.states)

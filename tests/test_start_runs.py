@@ -76,6 +76,7 @@ def stop_at(step: int) -> Any:
 # ---- the best of several starts ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["prefix_tuning", "p_tuning", "cpt"])
 def test_a_run_starts_from_its_best_candidate(workplace: Path, tmp_path: Path, method: str) -> None:
     """The losses are those of the rows scored one by one; what is kept is the least; nothing of it is done again."""

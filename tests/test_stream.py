@@ -63,6 +63,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(cases())
 def test_every_row_comes_once_in_a_pass_and_resuming_changes_nothing(case: dict[str, Any]) -> None:
@@ -211,6 +212,7 @@ def test_rows_alive_are_bounded_by_the_window(tmp_path: Path) -> None:
     assert 2 * window - batch <= most <= 2 * window + batch
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "big.jsonl"
     with path.open("w") as file:
@@ -303,6 +305,7 @@ def streamed(place: Path, out: Path, **changes: Any) -> Recipe:
     return recipe(place, out, streaming=True, shuffle_window=12, batch_size=6, steps=17, eval_steps=6, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "labels"])
 def test_a_streamed_run_that_is_stopped_goes_on_to_the_same_bits(workplace: Path, tmp_path: Path, kind: str) -> None:  # noqa: F811
     changes = {} if kind == "text" else {"task": "SEQ_CLS", "method": "prompt_tuning"}

@@ -136,6 +136,7 @@ def test_a_killed_worker_loses_nothing(workplace: Path, tmp_path: Path) -> None:
     assert scores(killed.folder) == scores(whole.folder)
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the first run, again and again; at last it ends in the same folder; once more, and nothing is run."""
     import softprompt.sweep.worker as worker
@@ -185,6 +186,7 @@ def test_what_fails_for_all_alike_ends_the_sweep(workplace: Path, tmp_path: Path
     assert len(results(sweep.folder)["settings"]) == 3
 
 
+@pytest.mark.slow
 def test_a_setting_that_lags_behind_is_given_up(workplace: Path, tmp_path: Path) -> None:
     rates = [0.3, 0.25, 0.2, 0.35, 0.4, 1e-9]
     sweep = plan(
@@ -236,6 +238,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "sweeps.md"
 BLOCK = re.compile(r"<!-- (?P<kind>run: shell|sweep:) -->\n```\w+\n(?P<body>.*?)```", re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_pages_commands_run_and_its_block_is_a_space(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -274,6 +274,7 @@ def test_threads_share_models_at_length() -> None:
     _all_right(shared([calls_of(family) for family in MODELS], THREADS, 500, seed=1), THREADS * 500)
 
 
+@pytest.mark.slow
 def test_the_answers_tell_prompts_apart() -> None:
     """Else none could be wrong."""
     for family in MODELS:

@@ -157,6 +157,7 @@ def fused() -> Any:
     return utils.add_fused_lm_head
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("options", FUSED, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "lfm2", "mixtral"])
 def test_trls_own_on_the_bare_model(family: str, options: dict[str, Any]) -> None:

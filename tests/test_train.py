@@ -115,6 +115,7 @@ def test_what_is_saved_is_what_was_measured(workplace: Path, tmp_path: Path) -> 
     assert evaluate_loss(loaded, data.held_out)["loss"] == pytest.approx(result.best["loss"], abs=1e-6)  # type: ignore[arg-type]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("init", ["random", "vocab", "text", "examples"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_start_works_with_every_method(workplace: Path, tmp_path: Path, method: str, init: str) -> None:

@@ -85,6 +85,7 @@ def test_sources_and_targets_end_as_the_tokenizer_says() -> None:
         encode_pairs([Example("the cat", ("sat on the mat",), where="line 3")], plain, 20, 1)
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_one_in_a_piece(folder: Path, tmp_path: Path) -> None:
     from softprompt.errors import RunInterrupted
 

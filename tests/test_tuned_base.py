@@ -83,6 +83,7 @@ def test_the_command_that_is_shown_at_the_end_works(tmp_path: Path, data: Path, 
         assert shell.ok(*arguments, "--device", "cpu").strip() in ("true", "false")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_a_tuned_base_ends_with_the_same_bits(tmp_path: Path, data: Path) -> None:
     whole = run(tuned(tmp_path, data))
 
