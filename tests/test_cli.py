@@ -52,6 +52,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # train ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_train_then_everything_else(shell: Shell, tmp_path: Path, base: Path, rows: Path, method: str) -> None:
     out = tmp_path / "run"

@@ -106,6 +106,7 @@ def test_a_prompt_in_front_of_a_cloze_template(method: str, tmp_path: Path, data
     assert json.loads(other)["prompt"]["loss"] != pytest.approx(result.best["loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [Answer.NEXT, Answer.MASK])
 def test_lama_style_prediction(answer: Answer, tmp_path: Path, shell: Shell) -> None:
     facts = write_rows(tmp_path / "facts.jsonl", FACTS * 2)
@@ -166,6 +167,7 @@ def by_hand(model: SoftPromptModel, tokenizer: Any, text: str, steps: int, penal
     return tokenizer.decode(written, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_a_generation_template_with_slots(tmp_path: Path, shell: Shell) -> None:
     pairs = write_rows(tmp_path / "pairs.jsonl", PAIRS)
     result = run(recipe(tmp_path, pairs, task="CAUSAL_LM", template=GENERATION, verbalizer=None, steps=20))

@@ -1,8 +1,8 @@
 """Method × family × task: every registered method before every head of every family, end to end.
 
 A cell is built, equals the plain formulation (`naive.py`: one row at a time, no padding) in outputs, loss and gradients
-with padding on either side, trains, and generates for a batch what it generates for single rows. Of every method, every
-family and every head one gives the same outputs when another process loads it. A cell that cannot exist refuses to be
+with padding on either side, trains, and generates for a batch what it generates for single rows. Of every method
+before every head one gives the same outputs when another process loads it. A cell that cannot exist refuses to be
 built and names what can.
 """
 
@@ -31,8 +31,8 @@ Reload = Callable[[Cell, Path], dict[str, Tensor]]
 RUNS, REFUSED = ([cell for cell in CELLS if (cell.refusal is None) is exists] for exists in (True, False))
 
 
-ELSEWHERE = {str(each) for each in pairs.choose(RUNS, lambda cell: (cell.method, cell.family, cell.task), together=1)}
-"""What another process loads by default: every method, every family and every head; with ``--full`` all."""
+ELSEWHERE = {str(each) for each in pairs.choose(RUNS, lambda cell: (cell.method, cell.task))}
+"""What another process loads by default: every method before every head; with ``--full`` all."""
 
 
 def axes(cell: Cell) -> tuple[tuple[str | None, str], ...]:

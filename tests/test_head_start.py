@@ -78,6 +78,7 @@ def test_too_little_to_fit_leaves_the_head() -> None:
     assert not fit_head(model, [EncodedLabel([11, 12], 0), EncodedLabel([13], 1)], 8, 0)
 
 
+@pytest.mark.slow
 def test_a_run_starts_its_head_so_unless_it_is_given(tmp_path: Path) -> None:
     words = ("the sun is warm and kind", "a cold wind and dark rain")
     rows = [{"text": f"{words[n % 2]} {n}", "label": ("good", "bad")[n % 2]} for n in range(40)]

@@ -134,6 +134,7 @@ def test_narrow_types_are_not_taken_for_errors(name: str, spread: float, dtype: 
     wide.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "experts"])
 def test_a_real_error_is_found_in_every_type(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

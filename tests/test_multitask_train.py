@@ -88,6 +88,7 @@ def same(one: Path, other: Path) -> bool:
 # ---- source training -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_source_run_lowers_every_tasks_loss_and_writes_its_folder(run: Path, workplace: Path) -> None:
     rows = rows_of(run)
     for name in NAMES:
@@ -323,6 +324,7 @@ def test_commands_without_a_task(
     assert message in err
 
 
+@pytest.mark.slow
 def test_the_command_trains_from_a_recipe(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = recipe(workplace, tmp_path / "run", steps=2, teacher={"steps": 2}, samples=0)
     (tmp_path / "recipe.yaml").write_text(settings.to_yaml(), encoding="utf-8")

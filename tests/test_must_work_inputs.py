@@ -178,6 +178,7 @@ SHARING = {**LOOKED_UP, "num_kv_shared_layers": 2}  # and the last two layers us
 NARROW, WIDE = (2, 8), (1, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options", "shapes"),
     [("prompt_tuning", {}, [NARROW, WIDE] * 2), ("prefix", {}, [NARROW, WIDE] * 2),

@@ -171,6 +171,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_state(workplace: Path, tmp_
         assert facts(small / "run") == facts(straight.folder)
 
 
+@pytest.mark.slow
 def test_a_disk_that_becomes_read_only_ends_the_run_and_loses_nothing(workplace: Path, tmp_path: Path) -> None:  # noqa: F811
     options: dict[str, Any] = {"steps": 6, "save_steps": 2}
     straight = train(recipe(workplace, tmp_path / "straight", **options))

@@ -170,6 +170,7 @@ def test_peft_answers_t5_questions_with_the_encoder_alone(method: str) -> None:
     assert not torch.equal(outputs(cell, ours), before[1])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 @pytest.mark.parametrize("method", peft_cells.KEYS_AND_VALUES)
 def test_pairs_are_dealt_to_any_number_of_layers(tmp_path: Path, method: str, layers: int) -> None:

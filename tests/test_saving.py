@@ -236,6 +236,7 @@ def test_transformers_own_trainer(family: str, task: str, method: str, tmp_path:
     assert math.isclose(again.evaluate()["eval_loss"], after, rel_tol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
 def test_trainer_divides_by_the_labels_that_count(method: str, tmp_path: Path) -> None:
     """The first token of a row counts where a virtual token predicts it: also for what Trainer divides the loss by."""

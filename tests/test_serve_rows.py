@@ -28,6 +28,7 @@ def read(lengths: list[int], bad: bool) -> tuple[DynamicCache, list[Tensor]]:
     return cache, [whole[:, :, row, :, width - length :] for row, length in enumerate(lengths)]
 
 
+@pytest.mark.slow
 def test_rows_join_and_leave() -> None:
     draw, cache = random.Random(3), RowCache()
     rows: list[tuple[Tensor, bool]] = []

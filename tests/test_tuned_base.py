@@ -35,6 +35,7 @@ def tuned(tmp_path: Path, data: Path, **changes: Any) -> Recipe:
     return recipe(tmp_path, data, base_learning_rate=0.003, base_dropout=False, save_steps=2, **changes)
 
 
+@pytest.mark.slow
 def test_a_tuned_base_is_saved_with_the_prompt_and_found_again(tmp_path: Path, data: Path, shell: Shell) -> None:
     settings = tuned(tmp_path, data, optimizer=None)
     result = run(settings)
