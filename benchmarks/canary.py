@@ -1,21 +1,25 @@
-"""What the canary costs: loading a prompt and a first call, with the comparison and without.
+"""What the canary costs: loading a model, a prompt, and a first call, with the comparison and without.
 
     python benchmarks/canary.py            writes benchmarks/results/canary.json
 
 Two models: the one in the package, loaded from its folder, and a Llama of SmolLM2-135M's shape with random weights. A
-first call is `generate` of 20 tokens behind a row of 32. Each is measured in turn, several rounds, in one process; the
-share is the canary's time by that of loading the base model, the prompt, and the first call. Beside it, the tokens that
-the body of the model sees, which do not depend on the machine.
+first call is `generate` of 20 tokens behind a row of 32. The comparison is made once per process, so each round is a
+process of its own, with and without in turn; importing is not counted. `share` is by how much the whole takes longer,
+`placing_share` the time by which putting the prompt there takes longer, by the whole (what the comparison runs for the
+first time, the first call need not). Beside them stand the tokens that the body of the model sees while the prompt is
+put there, which do not depend on the machine.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -27,71 +31,76 @@ import torch  # noqa: E402
 import transformers as hf  # noqa: E402
 
 import softprompt  # noqa: E402
-from softprompt import base_model  # noqa: E402
 from softprompt.embedded import PATH  # noqa: E402
 
-ROUNDS = 7
+ROUNDS = {"embedded": 15, "SmolLM2-135M's shape": 5}
 SHAPE = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
          "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}  # fmt: skip
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    begin = perf_counter()
-    result = call()
-    return perf_counter() - begin, result
-
-
-def one(load: Callable[[], Any], prompt: Path, method: type, verify: bool) -> dict[str, float]:
+def one(model: str, prompt: str, verify: bool) -> dict[str, float]:
     """Seconds of loading a model, a prompt before it, and of a first call; calls and tokens while it is put there."""
-    base_model._KNOWN.clear()
-    loading, base = timed(load)
-    seen = {"calls": 0, "tokens": 0}
+    torch.set_num_threads(1)
+    hf.logging.disable_progress_bar()
+    seen, times = {"calls": 0, "tokens": 0}, [perf_counter()]
 
     def count(_: Any, args: Any, kwargs: Any, output: Any) -> None:
         seen["calls"] += 1
         seen["tokens"] += output[0].shape[0] * output[0].shape[1]
 
+    base = hf.AutoModelForCausalLM.from_pretrained(model).eval()
+    times.append(perf_counter())
     handle = base.base_model.register_forward_hook(count, with_kwargs=True)
-    placing, model = timed(lambda: softprompt.PeftModel.from_pretrained(base, prompt, verify=verify))
+    placed = softprompt.PeftModel.from_pretrained(base, prompt, verify=verify)
     handle.remove()
-    ids = torch.arange(20, 52)[None]
-    calling, _ = timed(lambda: model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False))
-    return {"load": loading, "place": placing, "call": calling, **seen}
+    times.append(perf_counter())
+    placed.generate(torch.arange(20, 52)[None], max_new_tokens=20, min_new_tokens=20, do_sample=False)
+    times.append(perf_counter())
+    load, place, call = (after - before for before, after in pairwise(times))
+    return {"load": load, "place": place, "call": call, **seen}
 
 
-def measured(name: str, load: Callable[[], Any], method: type, folder: Path) -> dict[str, Any]:
-    prompt = folder / f"{name}-{method.__name__}"
+def elsewhere(model: str, prompt: str, verify: bool) -> dict[str, float]:
+    """`one`, in a process of its own."""
+    command = [sys.executable, __file__, model, prompt, str(verify)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    return json.loads(done.stdout)
+
+
+def measured(name: str, model: str, method: type, folder: Path) -> dict[str, Any]:
+    prompt = str(folder / f"{name}-{method.__name__}")
     config = method(task_type="CAUSAL_LM", num_virtual_tokens=20)
-    softprompt.get_peft_model(load(), config).save_pretrained(prompt)
-    rounds: list[tuple[dict[str, float], dict[str, float]]] = []
-    for _ in range(ROUNDS):
-        rounds.append((one(load, prompt, method, True), one(load, prompt, method, False)))
-    canary = [with_it["place"] - without["place"] for with_it, without in rounds]
-    whole = [without["load"] + without["place"] + without["call"] for _, without in rounds]
+    softprompt.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(prompt)
+    rounds = [(elsewhere(model, prompt, True), elsewhere(model, prompt, False)) for _ in range(ROUNDS[name])]
+
+    def median(part: str, arm: int) -> float:
+        names = ("load", "place", "call") if part == "whole" else (part,)
+        return statistics.median(sum(each[arm][name] for name in names) for each in rounds)
+
+    whole = median("whole", 1)
     return {
         "model": name,
         "method": method.__name__,
-        "canary_s": statistics.median(canary),
-        "load_place_call_s": statistics.median(whole),
-        "share": statistics.median(part / all_ for part, all_ in zip(canary, whole, strict=True)),
+        "whole_s": [median("whole", 0), whole],
+        "place_s": [median("place", 0), median("place", 1)],
+        "call_s": [median("call", 0), median("call", 1)],
+        "share": median("whole", 0) / whole - 1,
+        "placing_share": (median("place", 0) - median("place", 1)) / whole,
         "calls": [rounds[0][0]["calls"], rounds[0][1]["calls"]],
         "tokens": [rounds[0][0]["tokens"], rounds[0][1]["tokens"]],
     }
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         hf.LlamaForCausalLM(hf.LlamaConfig(**SHAPE)).save_pretrained(folder / "shape")
-        models = {
-            "embedded": lambda: hf.AutoModelForCausalLM.from_pretrained(PATH).eval(),
-            "SmolLM2-135M's shape": lambda: hf.AutoModelForCausalLM.from_pretrained(folder / "shape").eval(),
-        }
-        for title, load in models.items():
+        for title, model in {"embedded": str(PATH), "SmolLM2-135M's shape": str(folder / "shape")}.items():
             for method in (softprompt.PrefixTuningConfig, softprompt.PromptTuningConfig):
-                rows.append(measured(title, load, method, folder))
+                rows.append(measured(title, model, method, folder))
                 print(rows[-1], flush=True)
     versions = {"torch": torch.__version__, "transformers": hf.__version__, "python": platform.python_version()}
     result = {"rounds": ROUNDS, "threads": 1, "versions": versions, "rows": rows}
@@ -99,4 +108,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 4:
+        print(json.dumps(one(sys.argv[1], sys.argv[2], sys.argv[3] == "True")))
+    else:
+        main()

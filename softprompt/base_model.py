@@ -42,6 +42,7 @@ class BaseModel:
     verify: bool = True
     far: int = FAR
     compared: list[Comparison] = field(default_factory=list)
+    _config: str = ""
     tried: Tried | None = None
     """What the model made of the tokens that it was tried with."""
 
@@ -118,7 +119,9 @@ class BaseModel:
         """The verdict of a comparison, which is made once for all models of a class, config and backend."""
         if not self.verify or sharded(self.base):  # parts of a model that is shared out cannot be called alone
             return ""
-        key = (compare.__name__, self.way.name, self.far, *_key(self.base))
+        if not self._config:
+            self._config = json.dumps(self.base.config.to_dict(), sort_keys=True, default=str)
+        key = (compare.__name__, self.way.name, self.far, self._config, *_key(self.base))
         with _LOCK:
             found = _KNOWN.get(key)
         if found is None:
@@ -137,9 +140,8 @@ def find_way(base: PreTrainedModel, verify: bool = True) -> tuple[Way, Facts]:
 
 
 def _key(base: PreTrainedModel) -> tuple[Any, ...]:
-    """What a comparison holds for: class, config, number type, device, backends, PEFT's layers, and versions."""
+    """What a comparison holds for beside a config: class, number type, device, backends, PEFT's layers, versions."""
     words = word_table(base)
-    config = json.dumps(base.config.to_dict(), sort_keys=True, default=str)
     backends = tuple(own_backend(each) for each in api.configs_of(base))
     versions = (transformers.__version__, torch.__version__)
-    return own_class(base), config, words.dtype, words.device.type, backends, has_layers(base), versions
+    return own_class(base), words.dtype, words.device.type, backends, has_layers(base), versions

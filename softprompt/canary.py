@@ -157,7 +157,8 @@ class _Trial:
                 self.long = max(LONG, min(self.long, facts.context - LENGTH - 1))
         self.passes = reach is not None and self.long > reach
         self.short = self.long - (LONG - SHORT)
-        self.ids = ids_to_try(self.base, self.long + 1)
+        known = tried is not None and tried.ids.shape[1] == LENGTH + self.long + 1
+        self.ids = tried.ids if tried is not None and known else ids_to_try(self.base, self.long + 1)
         self.dtype = word_table(self.base).dtype
         self._noise: float | None = None
 
@@ -222,8 +223,8 @@ class _Trial:
 
     def whole(self) -> Tensor:
         """The states `[2, T, …]` of all the tokens."""
-        known = self.tried is not None and torch.equal(self.tried.ids, self.ids)
-        return self.tried.states if known and self.tried is not None else self.alone(self.ids)
+        tried = self.tried
+        return tried.states if tried is not None and tried.ids is self.ids else self.alone(self.ids)
 
 
 @contextmanager

@@ -399,9 +399,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """Dropout off inside the block; every submodule's own mode comes back when the last thread leaves one."""
     parts = list(module.modules())
     with _MODES_LOCK:
+        if not _MODES and not any(part.training for part in parts):
+            parts = []  # nothing to change, nor to come back
         for part in parts:
             _MODES.setdefault(id(part), [0, part.training])[0] += 1
-        module.eval()
+        if parts:
+            module.eval()
     try:
         yield
     finally:

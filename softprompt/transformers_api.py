@@ -335,7 +335,7 @@ def layers_of(base: nn.Module) -> list[nn.Module]:
 
 def can_checkpoint(module: nn.Module) -> bool:
     """Whether a module may be told to recompute in the backward pass."""
-    return "gradient_checkpointing" in dir(module)
+    return "gradient_checkpointing" in module.__dict__ or hasattr(type(module), "gradient_checkpointing")
 
 
 def checkpoints(module: nn.Module) -> bool:
