@@ -8,6 +8,7 @@ transformers' interface; T5, tiny and random.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -30,7 +31,8 @@ Written by `python scripts/record_checks.py` from real runs; not to be edited by
 A prompt of *real tokens* must do what these tokens do in the row. When a base model is wrapped for the first time (per
 class, config, number type, attention backend, and versions of torch and transformers), the library compares the two:
 rows without padding and padded on either side, one token later with a cache, and past the sliding window or the chunk
-if the model has one of up to 64 tokens. That takes three short calls of the model. What differs
+if the model has one of up to 64 tokens. That takes two short calls of the model beside the one that finds its facts,
+three before a prompt of vectors. What differs
 
 - goes another way in, if that one is equal: keys and values through the cache that layers read instead of transformers'
   attention interface, vectors in the rows instead of folded into keys and values;
@@ -45,6 +47,33 @@ Python it is `softprompt.check(model)`. It ends with exit status 1 where somethi
 output into a bug report.
 
 """
+
+
+def cost() -> str:
+    """From what benchmarks/canary.py measured."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "canary.json").read_text(encoding="utf-8"))
+    lines = [
+        "## What it costs",
+        "",
+        "Loading a model, a prompt of 20 virtual tokens and `generate` of 20 tokens behind a row of 32, each time in a",
+        "new process, medians, one thread, imports left out; `python benchmarks/canary.py`. What the comparison runs for",
+        "the first time, the first call need not. Tokens are those that the model sees while the prompt is put there.",
+        "",
+        "| model | method | seconds with, without | longer by | putting the prompt there, seconds | tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        whole, place = (" and ".join(f"{each:.3f}" for each in row[name]) for name in ("whole_s", "place_s"))
+        cells = [
+            row["model"],
+            row["method"],
+            whole,
+            f"{row['share']:.1%}",
+            place,
+            " and ".join(map(str, row["tokens"])),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def run(name: str, path: str) -> str:
@@ -68,6 +97,7 @@ def main() -> None:
             path = Path(folder) / name
             model.save_pretrained(path)
             text += f"\n## {title}\n\n{run(name, str(path))}"
+    text += "\n" + cost()
     temporary = PATH.with_name(".checking.md.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, PATH)
