@@ -57,7 +57,7 @@ def cost() -> str:
         "",
         "Loading a model, a prompt of 20 virtual tokens and `generate` of 20 tokens behind a row of 32, each time in a",
         "new process, medians, one thread, imports left out; `python benchmarks/canary.py`. What the comparison runs",
-        "for the first time, the first call need not. Tokens are those that the model sees while the prompt is put there.",
+        "for the first time, the first call need not. Tokens are those seen while the prompt is put there.",
         "",
         "| model | method | seconds with, without | longer by | putting the prompt there, seconds | tokens |",
         "|---|---|---|---|---|---|",
