@@ -106,11 +106,12 @@ def compare_folded(way: Way, facts: Facts, far: int = FAR, tried: Tried | None =
         both = torch.cat([vectors, 1.5 * vectors])  # the second are no words, which a model may want to look up
         want = _recorded(trial)
         got = fold(trial.way, Embeddings(both)).map(lambda part: part[:1])
-        found = [
-            trial.compared("every layer's", own.transpose(1, 2).flatten(2), true.transpose(1, 2).flatten(2))
-            for pair in zip(got.pairs, want.pairs, strict=True)
-            for own, true in zip(*pair, strict=True)
-        ]
+        alike: dict[torch.Size, tuple[list[Tensor], list[Tensor]]] = {}
+        for pair in zip(got.pairs, want.pairs, strict=True):
+            for own, true in zip(*pair, strict=True):
+                for part, each in zip(alike.setdefault(own.shape, ([], [])), (own, true), strict=True):
+                    part.append(each.transpose(1, 2).flatten(2))
+        found = [trial.compared("every layer's", *map(torch.cat, parts)) for parts in alike.values()]
         yield max(found, key=lambda each: each.difference or 0.0)
 
     with _quiet(trial.base):

@@ -34,7 +34,7 @@ from page_kit import (
     visiting,
     wait_for,
 )
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from softprompt.report import visible
 
@@ -84,6 +84,30 @@ def page(visit: Visit, server: str) -> Page:
     expect(page.locator("#notice")).to_be_hidden()
     expect(page.locator("#prompts li")).to_have_count(4)
     return page
+
+
+@pytest.mark.slow
+def test_an_answer_that_comes_late_changes_nothing(visit: Visit, server: str) -> None:
+    """What the server says to a page without a key arrives after its answer to the key."""
+    page, held = visit.page, []
+
+    def hold(route: Route) -> None:
+        known = route.request.headers.get("authorization", "").endswith(KEY)
+        route.continue_() if known else held.append(route)
+
+    page.route("**/v1/models", hold)
+    page.goto(server)
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_label("API key").press("Tab")
+    expect(page.locator("#prompts li")).to_have_count(4)
+    assert held
+    with page.expect_response("**/v1/models") as late:
+        held[0].continue_()
+    assert late.value.status == 401
+    late.value.finished()
+    page.evaluate("() => new Promise((done) => setTimeout(done, 50))")  # the page has read it by then
+    assert page.locator("#notice").is_hidden()
+    expect(page.locator("#prompts li")).to_have_count(4)
 
 
 def api(server: str, path: str, body: dict[str, Any] | None = None, key: str = KEY) -> httpx.Response:

@@ -11,11 +11,14 @@ const KEY = "softprompt-key";
 
 let models = new Map(); // id → {id, base, about, length}, in the server's order, the base first
 const cards = new Map(); // id → Card, of the chosen ones
+let refreshes = 0; // begun so far: what an earlier one is answered is out of date
 
 async function refresh() {
+  const turn = ++refreshes;
   notice("");
   try {
     const [served, prompts] = await Promise.all([get("v1/models", key()), get("v1/prompts", key()).catch(without)]);
+    if (turn !== refreshes) return;
     const details = new Map(prompts.data.map((prompt) => [prompt.name, prompt]));
     const found = served.data.map((entry) => describe(entry, details.get(entry.id)));
     found.sort((one, other) => other.base - one.base); // stable: the rest stays in the server's order
@@ -25,6 +28,7 @@ async function refresh() {
     drawRefused(prompts.data);
     $("about").textContent = summary(served.data);
   } catch (error) {
+    if (turn !== refreshes) return;
     notice(error.message);
   }
   drawList();
