@@ -95,16 +95,17 @@ def test_an_answer_that_comes_late_changes_nothing(visit: Visit, server: str) ->
         known = route.request.headers.get("authorization", "").endswith(KEY)
         route.continue_() if known else held.append(route)
 
-    page.route("**/v1/models", hold)
+    page.route("**/v1/*", hold)
     page.goto(server)
     page.get_by_label("API key").fill(KEY)
     page.get_by_label("API key").press("Tab")
     expect(page.locator("#prompts li")).to_have_count(4)
-    assert held
-    with page.expect_response("**/v1/models") as late:
-        held[0].continue_()
-    assert late.value.status == 401
-    late.value.finished()
+    assert len(held) == 2
+    for route in held:
+        with page.expect_response(route.request.url) as late:
+            route.continue_()
+        assert late.value.status == 401
+        late.value.finished()
     page.evaluate("() => new Promise((done) => setTimeout(done, 50))")  # the page has read it by then
     assert page.locator("#notice").is_hidden()
     expect(page.locator("#prompts li")).to_have_count(4)
