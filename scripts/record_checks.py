@@ -55,9 +55,10 @@ def cost() -> str:
     lines = [
         "## What it costs",
         "",
-        "Loading a model, a prompt of 20 virtual tokens and `generate` of 20 tokens behind a row of 32, each time in a",
-        "new process, medians, one thread, imports left out; `python benchmarks/canary.py`. What the comparison runs",
-        "for the first time, the first call need not. Tokens are those seen while the prompt is put there.",
+        "Loading a model, a prompt of 20 virtual tokens and `generate` of 64 tokens behind a row of 32, each time in a",
+        "new process, medians of the processor's seconds, imports left out; `python benchmarks/canary.py`. What the",
+        "comparison runs for the first time, the first call need not. Tokens are those seen while the prompt is put",
+        "there.",
         "",
         "| model | method | seconds with, without | longer by | putting the prompt there, seconds | tokens |",
         "|---|---|---|---|---|---|",
