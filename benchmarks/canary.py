@@ -5,9 +5,9 @@
 Two models: the one in the package, loaded from its folder, and a Llama of SmolLM2-135M's shape with random weights. A
 first call is `generate` of 64 tokens behind a row of 32. The comparison is made once per process, so each round is a
 process of its own with one thread, with and without in turn; seconds are those of the processor, and importing is not
-counted. `share` is by how much putting the prompt there and the first call take longer together, by all three (what the
-comparison runs for the first time, the first call need not); `placing_share` leaves the first call out. Beside them
-stand the tokens that the body of the model sees while the prompt is put there, which do not depend on the machine.
+counted. `share` is by how much putting the prompt there takes longer, by all three. (What the comparison runs for the
+first time, the first call need not; that is less than what first calls differ by among themselves.) Beside it stand the
+tokens that the body of the model sees while the prompt is put there, which do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def measured(name: str, model: str, method: type, folder: Path) -> dict[str, Any
     rounds = [(elsewhere(model, prompt, True), elsewhere(model, prompt, False)) for _ in range(ROUNDS[name])]
 
     def median(part: str, arm: int) -> float:
-        names = {"whole": ("load", "place", "call"), "both": ("place", "call")}.get(part, (part,))
+        names = ("load", "place", "call") if part == "whole" else (part,)
         return statistics.median(sum(each[arm][name] for name in names) for each in rounds)
 
     whole = median("whole", 1)
@@ -88,8 +88,7 @@ def measured(name: str, model: str, method: type, folder: Path) -> dict[str, Any
         "whole_s": [median("whole", 0), whole],
         "place_s": [median("place", 0), median("place", 1)],
         "call_s": [median("call", 0), median("call", 1)],
-        "share": (median("both", 0) - median("both", 1)) / whole,
-        "placing_share": (median("place", 0) - median("place", 1)) / whole,
+        "share": (median("place", 0) - median("place", 1)) / whole,
         "calls": [rounds[0][0]["calls"], rounds[0][1]["calls"]],
         "tokens": [rounds[0][0]["tokens"], rounds[0][1]["tokens"]],
     }
