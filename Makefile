@@ -105,7 +105,7 @@ $(VENV)/.newest: pyproject.toml
 # vLLM wants versions of its own, and its CPU build names parts that have none for the CPU: so without dependencies.
 VLLM_VENV ?= $(VENV)-vllm
 test-vllm: $(VLLM_VENV)/.done
-	$(VLLM_VENV)/bin/python -m pytest -q tests_vllm
+	$(VLLM_VENV)/bin/python -m pytest -q -x tests_vllm
 
 $(VLLM_VENV)/.done: pyproject.toml constraints-vllm.txt
 	$(PY) -m venv $(VLLM_VENV)
