@@ -126,6 +126,7 @@ def test_both_libraries_see_the_same_rows_in_the_same_order(quality: Any, tmp_pa
     assert batches["ours"] == batches["peft"] == batches["full"]
 
 
+@pytest.mark.slow
 def test_the_best_step_is_kept(quality: Any, tmp_path: Path) -> None:
     """A rate that makes everything worse: what is reported is the model before training."""
     task, arms = load("quality_tasks").TASKS["e2e"].quick(), load("quality_arms")

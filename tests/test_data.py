@@ -229,6 +229,7 @@ def test_the_border_is_exact_and_the_target_ends() -> None:
     assert tokenizer.decode(encoded.input_ids[:-1]) == "name[The Mill] => The Mill serves food."
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20), min_size=1, max_size=4))
 def test_many_at_once_equal_one_at_a_time(texts: list[str]) -> None:
     tokenizer = tiny.tokenizer()

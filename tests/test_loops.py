@@ -336,6 +336,7 @@ def test_trainer_takes_a_prompt_over_quantised_weights(tmp_path: Path) -> None:
     trainer_of(get_peft_model(base, PrefixTuningConfig(num_virtual_tokens=4)), tmp_path, some_rows())
 
 
+@pytest.mark.slow
 def test_question_answering_in_trainer(tmp_path: Path) -> None:
     from datasets import Dataset
     from transformers import default_data_collator

@@ -153,6 +153,7 @@ def test_a_run_interrupted_among_its_teachers_goes_on(
     remove_run(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_teachers_may_be_there_already_or_not_be_wanted(run: Path, workplace: Path, tmp_path: Path) -> None:
     train(recipe(workplace, tmp_path / "same", steps=12, teachers=str(run / "teachers"), teacher=None))
     assert same(run, tmp_path / "same")

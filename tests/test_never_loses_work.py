@@ -177,6 +177,7 @@ def test_resuming_what_has_not_begun_begins_it(prefix: tuple[Recipe, Life], tmp_
     assert facts(tmp_path / "run") == facts(life.folder)
 
 
+@pytest.mark.slow
 def test_every_line_of_the_metrics_is_compared(prefix: tuple[Recipe, Life]) -> None:
     """The tests above compare what they say: fourteen steps and the start, five evaluations, the bits of the prompt."""
     found = facts(prefix[1].folder)

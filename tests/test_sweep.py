@@ -205,6 +205,7 @@ def test_a_setting_that_lags_behind_is_given_up(workplace: Path, tmp_path: Path)
     assert not (sweep.folder / "runs" / "0005-seed0" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_to_use_and_goes_on(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

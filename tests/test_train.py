@@ -163,6 +163,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(workplace: Path, tmp_path: Pat
     assert (resumed.best, resumed.best_step) == (straight.best, straight.best_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cartridge", "cpt"])
 def test_what_a_method_does_not_train_is_there_again(workplace: Path, tmp_path: Path, method: str) -> None:
     text = "the cat sat on the mat and the dog ran to the red house by the river while it rained all night long"
