@@ -473,11 +473,12 @@ def _side_of_padding(base: PreTrainedModel) -> str:
 
     with evaluating(base), at_hand(base):
         alone = logits(ids[:, :3], [1, 1, 1])
+        if alone is None:
+            return "right"
+        near = 1e-3 if alone.dtype in (torch.float32, torch.float64) else _HALF_EQUAL
         for side, row, mask in (("right", ids, [1, 1, 1, 0]), ("left", ids.roll(1), [0, 1, 1, 1])):
-            found = logits(row, mask) if alone is not None else None
-            if alone is None or found is None:
-                continue
-            if _apart(alone, found) <= (1e-3 if alone.dtype in (torch.float32, torch.float64) else _HALF_EQUAL):
+            found = logits(row, mask)
+            if found is not None and _apart(alone, found) <= near:
                 return side
     return "right"
 
